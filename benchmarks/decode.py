@@ -1,0 +1,256 @@
+"""How fast is decoding with K policies? Tokens per second of `HiddenStateEnsemble` and its rivals, in one run.
+
+Rivals: one LoRA policy under PEFT's own `generate()` (the price of a single policy), PEFT switching adapters policy by
+policy at every step, PEFT's mixed batch (`adapter_names`), and `ParameterAverage`. The rivals' loops keep a KV cache
+and do nothing but the forward, the weighted mean of hidden states and argmax. All ways of one K must give identical
+tokens. Random models: speed does not depend on the values. Methods are interleaved within each repeat, so that a busy
+machine slows all of them alike; a ratio is the median over repeats of the ratio inside one repeat.
+
+    python -m benchmarks.decode --sizes tiny 134m --batch 1 8 --repeats 7 --threads 2
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
+from emorl.policies.adapters import read_adapter
+
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024},
+    "134m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152},
+}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+SINGLE = "peft, one policy"
+
+Decode = Callable[[Tensor], Tensor]
+
+
+def make_policies(size: str, rank: int, count: int, directory: Path) -> tuple[PreTrainedModel, list[Path]]:
+    """A random base and the directories of `count` random adapters on all its projections."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES[size], tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    base = LlamaForCausalLM(config).eval()
+    paths = []
+    for index in range(count):
+        adapted = get_peft_model(deepcopy(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(str(directory / f"policy{index}"))
+        paths.append(directory / f"policy{index}")
+    return base, paths
+
+
+def load_peft(base: PreTrainedModel, paths: list[Path]) -> PeftModel:
+    """PEFT's own model with all adapters, named by their directories."""
+    model = PeftModel.from_pretrained(deepcopy(base), str(paths[0]), adapter_name=paths[0].name)
+    for path in paths[1:]:
+        model.load_adapter(str(path), adapter_name=path.name)
+    return model.eval()
+
+
+def generating(model: torch.nn.Module, new_tokens: int) -> Decode:
+    """Greedy `generate()` of a fixed number of new tokens."""
+    options = {"max_new_tokens": new_tokens, "do_sample": False}
+    return lambda prompts: model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
+
+
+def switching(model: PeftModel, names: list[str], new_tokens: int) -> Decode:
+    """Every step: for each policy, set its adapter and run it with its own cache; average, head, argmax."""
+    inner = model.get_base_model()
+
+    @torch.no_grad()
+    def decode(prompts: Tensor) -> Tensor:
+        caches = {name: DynamicCache(config=inner.config) for name in names}
+        tokens, step = prompts, prompts
+        for _ in range(new_tokens):
+            hidden = []
+            for name in names:
+                model.set_adapter(name)
+                output = inner.model(input_ids=step, past_key_values=caches[name])
+                hidden.append(output.last_hidden_state[:, -1])  # (B, H)
+            step = inner.lm_head(torch.stack(hidden).mean(0)).argmax(-1, keepdim=True)  # (B, 1)
+            tokens = torch.cat([tokens, step], 1)
+        return tokens
+
+    return decode
+
+
+def mixed_batch(model: PeftModel, names: list[str], new_tokens: int) -> Decode:
+    """Every step: one forward of K*B rows whose adapters PEFT picks by `adapter_names`; average, head, argmax."""
+    inner = model.get_base_model()
+
+    @torch.no_grad()
+    def decode(prompts: Tensor) -> Tensor:
+        batch, cache = prompts.shape[0], DynamicCache(config=inner.config)
+        rows = [name for name in names for _ in range(batch)]
+        tokens, step = prompts, prompts
+        with model._enable_peft_forward_hooks(adapter_names=rows):
+            for _ in range(new_tokens):
+                repeated = step.repeat(len(names), 1)
+                hidden = inner.model(input_ids=repeated, past_key_values=cache).last_hidden_state[:, -1]  # (K*B, H)
+                step = inner.lm_head(hidden.view(len(names), batch, -1).mean(0)).argmax(-1, keepdim=True)
+                tokens = torch.cat([tokens, step], 1)
+        return tokens
+
+    return decode
+
+
+def make_methods(base: PreTrainedModel, paths: list[Path], counts: list[int], new_tokens: int) -> dict[str, Decode]:
+    """Every way of decoding, by a label that starts with K where there is one."""
+    methods = {SINGLE: generating(load_peft(base, paths[:1]), new_tokens)}
+    for count in counts:
+        adapters = {path.name: read_adapter(path) for path in paths[:count]}
+        peft_model, names = load_peft(base, paths[:count]), list(adapters)
+        methods[f"K={count} ensemble"] = generating(HiddenStateEnsemble(base, adapters), new_tokens)
+        if count > 1:
+            methods[f"K={count} peft switching"] = switching(peft_model, names, new_tokens)
+            methods[f"K={count} peft mixed batch"] = mixed_batch(peft_model, names, new_tokens)
+            methods[f"K={count} parameter average"] = generating(ParameterAverage(base, adapters), new_tokens)
+    return methods
+
+
+def check_same_tokens(methods: dict[str, Decode], prompts: Tensor) -> None:
+    """Also the warm-up. Everything that aggregates must agree; the parameter average is another model."""
+    tokens = {label: decode(prompts) for label, decode in methods.items()}
+    for label, found in tokens.items():
+        reference = SINGLE if label.startswith("K=1 ") else label.split()[0] + " ensemble"
+        if label != SINGLE and "average" not in label and not torch.equal(found, tokens[reference]):
+            raise SystemExit(f"{label} gives other tokens than {reference}: they do not compute the same thing.")
+
+
+def measure(
+    methods: dict[str, Decode], prompts: Tensor, repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds per decode, by method; the order is rotated from repeat to repeat."""
+    seconds: dict[str, list[float]] = {label: [] for label in methods}
+    labels = list(methods)
+    for repeat in range(repeats):
+        for label in labels[repeat % len(labels) :] + labels[: repeat % len(labels)]:
+            start = clock()
+            methods[label](prompts)
+            seconds[label].append(clock() - start)
+    return seconds
+
+
+def measure_machine() -> tuple[float, float]:
+    """(bytes/s read from memory, fp32 FLOP/s): best of several."""
+    large, square = torch.ones(64 * 2**20), torch.ones(1536, 1536)  # 256 MiB; 9 MiB
+    reading = min(_seconds(large.sum) for _ in range(7))
+    multiplying = min(_seconds(lambda: square @ square) for _ in range(7))
+    return large.numel() * 4 / reading, 2 * 1536**3 / multiplying
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def lower_bound(
+    base: PreTrainedModel, paths: list[Path], batch: int, tokens: int, machine: tuple[float, float]
+) -> float:
+    """Seconds no float32 forward of `tokens` tokens can beat: read base and adapters once, or do the multiplications."""
+    head = base.get_output_embeddings().weight.numel()
+    parameters = sum(parameter.numel() for parameter in base.parameters())  # the head is the embedding, counted once
+    lora = sum(factor.numel() for path in paths for pair in read_adapter(path).factors.values() for factor in pair)
+    multiplications = batch * (tokens * (len(paths) * (parameters - head) + lora) + head)
+    return max((parameters + lora) * 4 / machine[0], 2 * multiplications / machine[1])
+
+
+def run_case(
+    size: str, batch: int, options: argparse.Namespace, machine: tuple[float, float]
+) -> list[dict[str, object]]:
+    """One row per method for one model size and batch size."""
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        base, paths = make_policies(size, options.rank, max(options.policies), Path(directory))
+        methods = make_methods(base, paths, options.policies, options.new_tokens)
+        prompts = torch.randint(1, base.config.vocab_size, (batch, options.prompt_tokens))
+        check_same_tokens(methods, prompts)
+        seconds = measure(methods, prompts, options.repeats, CLOCKS[options.clock])
+        bounds = {
+            count: lower_bound(base, paths[:count], batch, options.prompt_tokens, machine)
+            + (options.new_tokens - 1) * lower_bound(base, paths[:count], batch, 1, machine)
+            for count in {1, *options.policies}
+        }
+    rows: list[dict[str, object]] = []
+    for label, values in seconds.items():
+        ratios = [value / single for value, single in zip(values, seconds[SINGLE], strict=True)]
+        rates = [batch * options.new_tokens / value for value in values]
+        bound = bounds[1 if label == SINGLE else int(label.split()[0][2:])]
+        rows.append(
+            {
+                "model": size,
+                "batch": batch,
+                "method": label,
+                "tokens_per_second": statistics.median(rates),
+                "lowest": min(rates),
+                "highest": max(rates),
+                "time_to_single": statistics.median(ratios),
+                "time_to_bound": None if "average" in label else statistics.median(values) / bound,
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """GitHub-flavoured table."""
+    print(
+        "| model | batch | method | tokens/s (lowest–highest) | time / one policy | time / bound |\n|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        bound = "" if row["time_to_bound"] is None else f"{row['time_to_bound']:.1f}"
+        spread = f"{row['tokens_per_second']:.1f} ({row['lowest']:.1f}–{row['highest']:.1f})"
+        ratio = f"{row['time_to_single']:.2f}"
+        print(
+            "| " + " | ".join([str(row["model"]), str(row["batch"]), str(row["method"]), spread, ratio, bound]) + " |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences decoded at once")
+    parser.add_argument("--policies", nargs="+", type=int, default=[1, 2, 3, 4], help="numbers of policies K")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for a busy machine; use 1 thread"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = measure_machine()
+    print(
+        f"{platform.machine()}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"{machine[0] / 1e9:.1f} GB/s, {machine[1] / 1e9:.0f} GFLOP/s\n"
+    )
+    rows = [row for size in options.sizes for batch in options.batch for row in run_case(size, batch, options, machine)]
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Aggregation: several policies mixed while decoding."""

@@ -1,0 +1,290 @@
+"""Policies combined while decoding: K LoRA adapters on one base behind transformers' own `generate()`.
+
+`HiddenStateEnsemble` is EMORL's aggregation (arXiv 2505.02579, section on hidden-state aggregation): the policies' last
+hidden states, all computed on the same prefix, are averaged with weights and go through the shared head once. That is
+exactly the weighted average of the policies' logits, a product of experts. Departures from the authors' code: one
+shared base with stacked adapters instead of K models, a KV cache, batches with padding, sampling and beams.
+`ParameterAverage` is its rival with the same interface: the weighted sum of the adapters, one row per sequence.
+"""
+
+import inspect
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from emorl.aggregation.stacked_lora import (
+    AggregatingHead,
+    StackedLoraLinear,
+    SummedLoraLinear,
+    policy_rows,
+    row_weights,
+    stack_adapters,
+)
+from emorl.policies.adapters import Adapter, base_fingerprint, read_adapter
+
+BASE_POLICY = "base"
+_NEEDED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+
+Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
+
+
+class AdapterMixture(PreTrainedModel, GenerationMixin):
+    """What the two ways of combining adapters share; abstract: a subclass says how one forward combines the policies.
+
+    The base's parameters are shared, not copied: `.to()` and dtype changes reach the base too. Weights are not
+    normalised: under greedy decoding only their direction matters, when sampling their sum acts as an inverse
+    temperature. Beside what `generate()` knows, it takes `weights`: one vector (K,) or one row per sequence (B, K).
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # attention is the base's own; transformers asks the outer model
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _lora_layer: type[nn.Module]
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        adapters: Mapping[str, Adapter],
+        weights: Sequence[float] | None = None,
+        include_base: bool = False,
+    ) -> None:
+        """`adapters` maps policy names to adapters, in policy order; `weights` defaults to 1/K each.
+
+        With `include_base` the bare base is one more, last policy named "base", and weights may be negative: (1 + a)
+        for a policy and -a for the base extrapolates beyond it. Without it, weights must be at least 0.
+        """
+        self._check_base(base_model)
+        if not adapters:
+            raise ValueError("No adapters given; expected at least one policy, as {name: read_adapter(path)}.")
+        if include_base and BASE_POLICY in adapters:
+            raise ValueError(f"A policy is named {BASE_POLICY!r}, as include_base names the bare base; rename it.")
+        bare = {BASE_POLICY: Adapter(Path(), {}, None, None)} if include_base else {}
+        policies = stack_adapters(base_model, [*adapters.values(), *bare.values()], self._lora_layer).eval()
+        super().__init__(policies.config)  # no post_init(): it would initialise the base's parameters again
+        self.policies = policies
+        self.generation_config = deepcopy(base_model.generation_config)
+        self.policy_names = (*adapters, *bare)
+        self.adapter_paths = {name: adapter.path for name, adapter in adapters.items()}
+        self.include_base = include_base
+        self._base_fingerprint = base_fingerprint(base_model)
+        self.weights = [1 / len(self.policy_names)] * len(self.policy_names) if weights is None else weights
+        self.eval()
+
+    @classmethod
+    def _check_base(cls, base_model: PreTrainedModel) -> None:
+        name = type(base_model).__name__
+        if base_model.config.is_encoder_decoder:
+            raise ValueError(f"{name} is an encoder-decoder; only decoder-only models are supported yet.")
+        missing = [key for key in _NEEDED_ARGUMENTS if key not in inspect.signature(base_model.forward).parameters]
+        if missing or base_model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{name} cannot be combined (its forward lacks {missing or 'an output head'}); expected a causal "
+                "language model of transformers with a key-value cache, from AutoModelForCausalLM and without adapters."
+            )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights in policy order, used where a call gives none."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Sequence[float]) -> None:
+        self._weights_by_row(weights, 1)  # checks them
+        self._weights: tuple[float, ...] = tuple(float(weight) for weight in weights)
+
+    @abstractmethod
+    def _model_rows(self, tensor: Tensor | None) -> Tensor | None:
+        """The rows the model computes for a tensor (B, ...) with one row per sequence."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        weights: Weights | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) of the combined policies for input_ids (B, T), with `weights` (K,) or (B, K)."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("Neither input_ids nor inputs_embeds given; expected one of them.")
+        rows = self._weights_by_row(self.weights if weights is None else weights, given.shape[0])
+        if isinstance(attention_mask, dict):  # one per layer type, made by generate() for a static cache
+            masks = {kind: self._model_rows(mask) for kind, mask in attention_mask.items()}
+        else:
+            masks = self._model_rows(attention_mask)
+        if position_ids is not None and position_ids.shape[0] > 1:  # a single row already serves all rows
+            position_ids = self._model_rows(position_ids)
+        with row_weights(rows):
+            return self.policies(
+                input_ids=self._model_rows(input_ids),
+                attention_mask=masks,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=self._model_rows(inputs_embeds),
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, weights: Weights | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate()`, with `weights`: (K,) for all sequences or (B, K), one row per sequence."""
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        batch = next((tensor.shape[0] for tensor in given if tensor is not None), 1)
+        rows = self._weights_by_row(self.weights if weights is None else weights, batch)
+        # As rows, weights are repeated by transformers with their sequence for beams and return sequences.
+        return super().generate(inputs, *args, weights=rows, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base family's own preparation of masks, positions and cache."""
+        return self.policies.prepare_inputs_for_generation(  # pyright: ignore[reportCallIssue]
+            *args, **kwargs
+        )
+
+    def _weights_by_row(self, weights: Weights, batch: int) -> Tensor:
+        """Checked weights (B, K) in float32 on the model's device."""
+        rows = torch.as_tensor(weights, dtype=torch.float32)
+        policies = len(self.policy_names)
+        if tuple(rows.shape) not in ((policies,), (batch, policies)):
+            raise ValueError(
+                f"Got weights of shape {tuple(rows.shape)}; expected {(policies,)}, one for each policy of "
+                f"{list(self.policy_names)}, or {(batch, policies)}, one such row for each sequence."
+            )
+        rows = rows.expand(batch, policies)
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"Got weights {rows.tolist()}; expected finite numbers.")
+        if bool((rows == 0).all(1).any()):
+            raise ValueError(f"Got weights {rows.tolist()}; a row of zeros gives no policy any weight.")
+        if not self.include_base and bool((rows < 0).any()):
+            raise ValueError(f"Got weights {rows.tolist()}; expected at least 0: to subtract, set include_base=True.")
+        return rows.to(self.device)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings all policies share."""
+        return self.policies.get_input_embeddings()
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
+        """Write `config.json` with references, no parameters: where base and adapters are (local paths relative to this
+        directory, so that a run directory can be moved as a whole), policy order, weights, include_base."""
+        if kwargs:
+            raise ValueError(f"save_pretrained() got {sorted(kwargs)}; references are saved, there are no options.")
+        base = self.name_or_path
+        if not base:
+            raise ValueError("The base model was made in memory; save it and load it from there first.")
+        directory = Path(save_directory).resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        references = {
+            "combination": type(self).__name__,
+            "base": os.path.relpath(Path(base).resolve(), directory) if Path(base).is_dir() else base,
+            "base_is_directory": Path(base).is_dir(),
+            "base_fingerprint": self._base_fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "adapters": {name: os.path.relpath(path.resolve(), directory) for name, path in self.adapter_paths.items()},
+            "weights": list(self.weights),
+            "include_base": self.include_base,
+        }
+        (directory / "config.json").write_text(json.dumps(references, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, directory: str | Path, **base_options: Any
+    ) -> Self:
+        """Load what `save_pretrained` wrote; `base_options` go to the base's own `from_pretrained` (device_map, …)."""
+        file = Path(directory).resolve() / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{directory} holds no config.json; expected what {cls.__name__}.save_pretrained() wrote.")
+        references = json.loads(file.read_text())
+        if references.get("combination") != cls.__name__:
+            raise ValueError(f"{file} is of a {references.get('combination')}, not of a {cls.__name__}; use that.")
+
+        def located(kind: str, reference: str) -> Path:
+            path = (file.parent / reference).resolve()
+            if not path.is_dir():
+                raise ValueError(f"{file} refers to the {kind} in {path}, which has gone; put it back or correct it.")
+            return path
+
+        paths = {name: located(f"adapter of policy {name!r}", path) for name, path in references["adapters"].items()}
+        base = located("base model", references["base"]) if references["base_is_directory"] else references["base"]
+        base_options.setdefault("dtype", getattr(torch, references["dtype"]))
+        base_model = AutoModelForCausalLM.from_pretrained(base, **base_options)
+        if base_fingerprint(base_model) != references["base_fingerprint"]:
+            raise ValueError(f"{file} was saved over another base than {base} holds now; put the former base back.")
+        adapters = {name: read_adapter(path) for name, path in paths.items()}
+        return cls(base_model, adapters, references["weights"], references["include_base"])
+
+
+class HiddenStateEnsemble(AdapterMixture):
+    """Policies aggregated while decoding: one forward for all of them, one averaged last hidden state for the head.
+
+        ensemble = HiddenStateEnsemble(base, {"empathy": read_adapter(first), "brevity": read_adapter(second)})
+        ensemble.generate(**tokenizer("Hello", return_tensors="pt"), weights=[0.7, 0.3])
+
+    One forward serves all K policies; the key-value cache holds K rows per sequence, policy-major. With
+    output_hidden_states or output_attentions those are the policies' own, of K*B rows. A bias of the head is added
+    once, after aggregation, which equals averaging logits when the weights sum to 1.
+    """
+
+    _lora_layer = StackedLoraLinear
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        adapters: Mapping[str, Adapter],
+        weights: Sequence[float] | None = None,
+        include_base: bool = False,
+    ) -> None:
+        super().__init__(base_model, adapters, weights, include_base)
+        head = self.policies.get_output_embeddings()
+        assert head is not None  # _check_base has seen it
+        self.policies.set_output_embeddings(AggregatingHead(head))
+
+    @classmethod
+    def _check_base(cls, base_model: PreTrainedModel) -> None:
+        super()._check_base(base_model)
+        cap = getattr(base_model.config.get_text_config(), "final_logit_softcapping", None)
+        if cap is not None:
+            raise ValueError(
+                f"{type(base_model).__name__} caps its logits (final_logit_softcapping={cap}), so averaging hidden "
+                "states is not averaging logits; use ParameterAverage, or a base without a cap."
+            )
+
+    def _model_rows(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat(len(self.policy_names), *[1] * (tensor.ndim - 1))
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+        """Called by transformers' beam search, which knows one row per beam; the cache has K."""
+        rows = policy_rows(beam_idx, beam_idx.shape[0], len(self.policy_names))
+        past_key_values.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+        return past_key_values
+
+
+class ParameterAverage(AdapterMixture):
+    """Policies fused at run time: the base plus the weighted sum of all adapters' deltas, one row per sequence.
+
+    The rival of `HiddenStateEnsemble` with the same interface, at about the cost of one policy; weights may differ by
+    row.
+    """
+
+    _lora_layer = SummedLoraLinear
+
+    def _model_rows(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor

@@ -1,0 +1,236 @@
+"""The command line: a table of commands, each importing only what it runs."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from emorl.config import UserError
+
+_EXPERIMENT_HELP = """\
+EXPERIMENT is a YAML file; any key can be set on the command line as dotted.key=value, for example
+  emorl {command} experiment.yaml train.grpo.max_steps=50 search.levels=3
+Its keys (with defaults):
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. A user's mistake is one line on standard error and exit code 2, never a traceback."""
+    _quiet_libraries()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"emorl {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nemorl {options.command}: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would tear ours apart; what a user must know, our own lines say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emorl", description="Fine-tune a language model towards several objectives and steer between them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary, run, add_options in _COMMANDS:
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(run=run)
+        add_options(command, name)
+    return parser
+
+
+def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
+    from emorl.config import describe
+    from emorl.experiment import Experiment
+
+    command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="experiment.yaml")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
+    command.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    if name in ("train", "run"):
+        command.add_argument("--objective", action="append", metavar="NAME", help="train only this one (repeatable)")
+    if "--help" in sys.argv or "-h" in sys.argv:
+        command.epilog = _EXPERIMENT_HELP.format(command=name) + describe(Experiment)
+
+
+def _add_run(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("directory", type=Path, metavar="RUN", help="output directory of an experiment")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_generate(command: argparse.ArgumentParser, name: str) -> None:
+    _add_run(command, name)
+    command.add_argument(
+        "--prefer", default="", metavar="NAME=NUMBER,…", help="what matters to you, e.g. reflection=0.7,empathy=0.3"
+    )
+    command.add_argument("--prompt", action="append", help="answer this (repeatable); standard input, a line each, otherwise")
+
+
+def _add_quickstart(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="where it goes (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    command.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """The experiment; its resolved copy is written beside the results."""
+    from emorl.experiment import load_experiment
+
+    return load_experiment(options.experiment, options.overrides)
+
+
+def _keep_config(experiment: Any) -> None:
+    from emorl.config import to_yaml
+    from emorl.runs import write_text
+
+    write_text(experiment.output / "experiment.yaml", to_yaml(experiment))
+
+
+def _train(options: argparse.Namespace) -> None:
+    experiment = _load(options)
+    _train_policies(experiment, options.objective)
+    if options.json:
+        from emorl.runs import read_json
+
+        names = options.objective or list(experiment.objectives)
+        results = {name: read_json(experiment.output / "train" / name / "result.json") for name in names}
+        print(json.dumps({name: {k: v for k, v in r.items() if k != "log"} for name, r in results.items()}, indent=2))
+
+
+def _train_policies(experiment: Any, names: Sequence[str] | None) -> None:
+    from emorl.console import Console
+    from emorl.objectives.loading import check_objectives
+    from emorl.training.grpo import train
+
+    check_objectives(experiment.objectives)
+    _keep_config(experiment)
+    for name in names or experiment.objectives:
+        train(experiment, name, Console())
+
+
+def _search(options: argparse.Namespace) -> None:
+    experiment = _load(options)
+    _search_weights(experiment)
+    from emorl.search.weight_search import read_result
+
+    result = read_result(experiment)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    from emorl.reporting.tables import print_front
+
+    print_front(result)
+
+
+def _search_weights(experiment: Any) -> None:
+    from emorl.console import Console
+    from emorl.search.weight_search import search, silence_optuna
+
+    silence_optuna()
+    _keep_config(experiment)
+    search(experiment, Console())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    experiment = _load(options)
+    _compare(experiment)
+    _print_comparison(experiment.output, options.json)
+
+
+def _compare(experiment: Any) -> None:
+    from emorl.console import Console
+    from emorl.reporting.comparison import compare
+
+    compare(experiment, Console())
+
+
+def _print_comparison(output: Path, as_json: bool) -> None:
+    from emorl.reporting.tables import comparison_json, print_comparison
+
+    if as_json:
+        print(json.dumps(comparison_json(output), indent=2))
+    else:
+        print_comparison(output)
+
+
+def _run(options: argparse.Namespace) -> None:
+    experiment = _load(options)
+    _run_all(experiment, options.json, options.objective)
+
+
+def _run_all(experiment: Any, as_json: bool, objectives: Sequence[str] | None = None) -> None:
+    from emorl.console import Console
+    from emorl.reporting.report import write_report
+    from emorl.search.weight_search import check_proposer
+
+    check_proposer(experiment.search)
+    _train_policies(experiment, objectives)
+    _search_weights(experiment)
+    _compare(experiment)
+    report = write_report(experiment.output)
+    _print_comparison(experiment.output, as_json)
+    Console().say(f"report: {report}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.reporting.report import write_report
+
+    report = write_report(options.directory)
+    if options.json:
+        print(json.dumps({"report": str(report)}))
+    else:
+        Console().say(f"report: {report}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from emorl.experiment import load_run
+    from emorl.reporting.generation import generate_lines
+    from emorl.search.preference import parse_preferences
+
+    experiment = load_run(options.directory)
+    preferences = parse_preferences(options.prefer) if options.prefer else {}
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for line in generate_lines(experiment, preferences, prompts, as_json=options.json):
+        print(line, flush=True)
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.quickstart.experiment import quickstart_experiment
+
+    experiment = quickstart_experiment(options.output, options.seed, Console())
+    _run_all(experiment, options.json)
+
+
+_Command = tuple[str, str, Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser, str], None]]
+_COMMANDS: tuple[_Command, ...] = (
+    ("quickstart", "The whole job on an embedded example: train, search, compare, report.", _quickstart, _add_quickstart),
+    ("run", "All stages of an experiment; finished ones are skipped, an interrupted one continues.", _run, _add_experiment),
+    ("train", "Train one LoRA policy per objective with TRL's GRPO.", _train, _add_experiment),
+    ("search", "Search the aggregation weights of the trained policies.", _search, _add_experiment),
+    ("evaluate", "Compare what was found with its rivals on test prompts.", _evaluate, _add_experiment),
+    ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),
+    ("generate", "Answer prompts with the point of the front that suits your preference.", _generate, _add_generate),
+)

@@ -1,0 +1,143 @@
+"""YAML and command-line overrides become frozen dataclasses; unknown keys are refused with the nearest valid name.
+
+Kept free of torch, so that a mistake in an experiment file is reported within a second.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; the command line prints its one line and exits with code 2."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as a string; this reads it as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean …?` with the closest valid names, or all of them where none is close."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(valid) or 'none'}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; every way it can be wrong is a `UserError` naming the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of an experiment.yaml")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of blocks such as `base:` and `objectives:`, got {content!r:.60}")
+    return content
+
+
+def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `content` with every `dotted.key=value` (value in YAML) set.
+
+    >>> apply_overrides({"search": {"levels": 5}}, ["search.levels=3"])
+    {'search': {'levels': 3}}
+    """
+    result: dict[str, Any] = dict(content)
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise UserError(f"override {override!r}: expected dotted.key=value, for example search.levels=3")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        *parents, last = dotted.split(".")
+        block = result
+        for parent in parents:
+            child = block.get(parent)
+            if child is not None and not isinstance(child, Mapping):
+                raise UserError(f"override {override!r}: {parent!r} is {child!r}, not a block with keys of its own")
+            block[parent] = dict(child or {})
+            block = block[parent]
+        block[last] = value
+    return result
+
+
+def parse(config_class: type[Config], content: Mapping[str, Any], source: str) -> Config:
+    """`content` as a validated `config_class`; the first mistake is raised as one `UserError` line.
+
+    `source` names where the content came from (a file), for the message.
+    """
+    try:
+        return TypeAdapter(config_class).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = [str(part) for part in first["loc"]]
+        raise UserError(f"{source}: {_explain(config_class, where, first)}") from None
+
+
+def _explain(config_class: type, where: Sequence[str], error: Mapping[str, Any]) -> str:
+    """One line of advice for one of pydantic's errors."""
+    dotted = ".".join(where)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {dotted!r}; {nearest(where[-1], _keys_of(config_class, where[:-1]))}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"key {dotted!r} is missing and has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message} (got {error['input']!r:.80})" if dotted else message
+
+
+def _keys_of(config_class: type, path: Sequence[str]) -> list[str]:
+    """The field names of the dataclass that `path` leads to."""
+    current: Any = config_class
+    for part in path:
+        fields = {field.name: field.type for field in dataclasses.fields(current)} if _is_block(current) else {}
+        current = next((kind for kind in _kinds(fields.get(part, current)) if _is_block(kind)), current)
+    return [field.name for field in dataclasses.fields(current)] if _is_block(current) else []
+
+
+def _is_block(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The annotation and everything inside its brackets: `dict[str, X]` gives X too."""
+    return [annotation, *(kind for inner in getattr(annotation, "__args__", ()) for kind in _kinds(inner))]
+
+
+def as_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass as plain YAML-able values (paths as text)."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def describe(config_class: type, prefix: str = "") -> str:
+    """The keys of a config block with types, defaults and meanings, for `--help`."""
+    lines = []
+    documents = TypeAdapter(config_class).json_schema()
+    properties = documents.get("properties", {})
+    for field in dataclasses.fields(config_class):
+        name, meaning = f"{prefix}{field.name}", properties.get(field.name, {}).get("description", "")
+        block = next((kind for kind in _kinds(field.type) if _is_block(kind)), None)
+        default = f" [{properties[field.name]['default']}]" if "default" in properties.get(field.name, {}) else ""
+        lines.append(f"  {name}{default}  {' '.join(meaning.split())}".rstrip())
+        if block is not None:
+            inner = f"{name}." if block is field.type else f"{name}.NAME."
+            lines.append(describe(block, inner))
+    return "\n".join(lines)

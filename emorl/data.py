@@ -1,0 +1,134 @@
+"""Prompt data sets in TRL's column format: a hub id or a local csv, json, jsonl or parquet file; disjoint splits."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from emorl.config import UserError, nearest
+from emorl.experiment import DataConfig
+
+logger = logging.getLogger(__name__)
+
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three data sets with no prompt in common; column `prompt` plus the data set's own columns."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
+    """Reads, removes repeated prompts, shuffles by `seed` and splits.
+
+    Args:
+        conversational: turn text prompts into one user turn (plus the system turn), as TRL's conversational format.
+
+    Raises:
+        UserError: missing or empty data, a missing column, prompts that are no prompts, too few of them.
+    """
+    seen: set[str] = set()
+    parts = {
+        name: _unique(_read(path, config), config, path, seen)
+        for name, path in (("test", config.test_path), ("validation", config.validation_path), ("train", config.path))
+        if path
+    }
+    rest = parts["train"].shuffle(seed=seed)
+    for name, size in (("test", config.test), ("validation", config.validation)):
+        if name in parts:
+            parts[name] = parts[name].select(range(min(size, len(parts[name]))))
+            continue
+        if len(rest) <= size:
+            raise UserError(
+                f"{config.path}: {len(parts['train'])} distinct prompts are too few to keep data.{name}={size} of them "
+                "apart; lower it or bring more prompts"
+            )
+        parts[name], rest = rest.select(range(size)), rest.select(range(size, len(rest)))
+    if len(rest) == 0:
+        raise UserError(f"{config.path}: every prompt of it is in the validation or test file; none is left to train on")
+    parts["train"] = rest
+    return Splits(**{name: _render_column(part, config, conversational) for name, part in parts.items()})
+
+
+def _read(path: str, config: DataConfig) -> Dataset:
+    reader = _READERS.get(Path(path).suffix)
+    if reader is None and Path(path).exists():
+        raise UserError(f"{path}: expected a file ending in {', '.join(_READERS)}, or the hub id of a data set")
+    if reader is not None and not Path(path).is_file():
+        raise UserError(f"{path}: no such file; data.path takes a csv, json, jsonl or parquet file or a hub id")
+    if reader is not None and Path(path).stat().st_size == 0:
+        raise UserError(f"{path} is empty; it needs at least one prompt")
+    try:
+        if reader is not None:
+            return load_dataset(reader, data_files=path, split="train")
+        return load_dataset(path, split=config.split)
+    except DatasetNotFoundError as error:
+        raise UserError(f"data set {path!r} is neither a file here nor found on the hub: {error}") from None
+    except ConnectionError as error:
+        raise UserError(f"data set {path!r}: the hub cannot be reached ({error}); give a local file") from None
+    except (ValueError, DatasetGenerationError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{path} cannot be read as a table of prompts: {reason:.200}") from None
+
+
+def _unique(rows: Dataset, config: DataConfig, path: str, seen: set[str]) -> Dataset:
+    """The rows whose prompt is new; `seen` grows, so that no two splits share a prompt."""
+    column = config.prompt_column
+    if len(rows) == 0:
+        raise UserError(f"{path} is empty; it needs at least one prompt")
+    if column not in rows.column_names:
+        raise UserError(f"{path} has no column {column!r} (data.prompt_column); {nearest(column, rows.column_names)}")
+    keep = []
+    for index, prompt in enumerate(rows[column]):
+        text = _check_prompt(prompt, f"{path}, row {index + 1}, column {column!r}")
+        if text not in seen:
+            seen.add(text)
+            keep.append(index)
+    if len(keep) < len(rows):
+        logger.info("%s: %d of %d prompts are repeated and were left out", path, len(rows) - len(keep), len(rows))
+    return rows.select(keep)
+
+
+def _check_prompt(prompt: Any, where: str) -> str:
+    """The prompt as one text for comparison; text and conversations pass."""
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt and all(isinstance(turn, Mapping) and "content" in turn for turn in prompt):
+        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    raise UserError(f"{where}: expected a text or a list of role/content turns, got {prompt!r:.60}")
+
+
+def _render_column(rows: Dataset, config: DataConfig, conversational: bool) -> Dataset:
+    """`prompt` in TRL's format; the other columns untouched."""
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        prompt = row[config.prompt_column]
+        if not conversational or not isinstance(prompt, str):
+            return {"prompt": prompt}
+        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        return {"prompt": [*system, {"role": "user", "content": prompt}]}
+
+    if not conversational and config.system_prompt:
+        raise UserError("data.system_prompt needs a base with a chat template; this one has none")
+    columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", config.prompt_column)}
+    return Dataset.from_dict({"prompt": [convert(row)["prompt"] for row in rows], **columns})  # type: ignore[arg-type]
+
+
+def prompt_text(prompt: Any) -> str:
+    """What the user said: a text prompt itself, or the user turns of a conversation, one a line."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(turn["content"] for turn in prompt if turn["role"] == "user")
+
+
+def completion_text(completion: Any) -> str:
+    """A completion in TRL's format (text, or a list of one assistant turn) as text."""
+    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)

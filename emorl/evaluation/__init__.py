@@ -1,0 +1,1 @@
+"""Evaluation: models times prompts times objectives become tables, fronts and indicators."""

@@ -1,0 +1,148 @@
+"""A model, prompts and objectives become a table: one row per completion, one column per objective."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from emorl.data import prompt_text
+from emorl.evaluation.text_metrics import distinct_2, distinct_share, mean_words
+from emorl.objectives.loading import Objective
+from emorl.policies.prompts import as_completion, decode, encode
+from emorl.runs import Cost
+
+Progress = Callable[[int], None]
+"""called with the number of completions just finished"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A table of scored completions and what it cost.
+
+    `table` has the columns prompt_index, sample, prompt, completion, tokens and one per objective (NaN where an
+    objective could not score).
+    """
+
+    table: pd.DataFrame
+    cost: Cost
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    generation: Mapping[str, Any],
+    *,
+    samples: int = 1,
+    batch: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+    per_prompt: Mapping[str, torch.Tensor] | None = None,
+) -> pd.DataFrame:
+    """Completions of every prompt, `samples` each: columns prompt_index, sample, prompt, completion, tokens.
+
+    The random state is set from `seed` before every batch, so candidates compared on the same prompts share their random
+    numbers; the caller's random state is left as it was.
+
+    Args:
+        model: anything with transformers' `generate()`.
+        generation: goes straight to `model.generate()`.
+        per_prompt: further arguments of `model.generate()` with one row per prompt, such as an ensemble's weights (N, K).
+    """
+    rows = []
+    order = sorted(range(len(prompts)), key=lambda index: len(prompt_text(prompts[index])))
+    repeated = [(index, sample) for index in order for sample in range(samples)]
+    with torch.random.fork_rng():
+        for start in range(0, len(repeated), batch):
+            torch.manual_seed(seed + start)
+            part = repeated[start : start + batch]
+            inputs = encode(tokenizer, [prompts[index] for index, _ in part]).to(model.device)
+            rows_of = [index for index, _ in part]
+            extra = {name: values[rows_of].to(model.device) for name, values in (per_prompt or {}).items()}
+            output = model.generate(**inputs, **generation, **extra)
+            completion_ids = output[:, inputs["input_ids"].shape[1] :]  # (B, T)
+            lengths = (completion_ids != tokenizer.pad_token_id).sum(1).tolist()
+            for (index, sample), text, tokens in zip(part, decode(tokenizer, completion_ids), lengths, strict=True):
+                rows.append((index, sample, prompt_text(prompts[index]), text, tokens))
+            if progress is not None:
+                progress(len(part))
+    columns = ["prompt_index", "sample", "prompt", "completion", "tokens"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["prompt_index", "sample"], ignore_index=True)
+
+
+def score(completions: pd.DataFrame, data: Dataset, objectives: Sequence[Objective]) -> pd.DataFrame:
+    """The completions with one column per objective.
+
+    Args:
+        completions: as from `generate`; `prompt_index` counts rows of `data`.
+        data: the prompts with their own columns, which the objectives receive as TRL hands them over.
+    """
+    rows = data.select(completions["prompt_index"].tolist())
+    prompts = list(rows["prompt"])
+    columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
+    texts = [as_completion(prompt, text) for prompt, text in zip(prompts, completions["completion"], strict=True)]
+    scored = completions.copy()
+    for objective in objectives:
+        scored[objective.name] = np.array(objective(prompts, texts, **columns), dtype=float)
+    return scored
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    objectives: Sequence[Objective],
+    generation: Mapping[str, Any],
+    **options: Any,
+) -> Evaluation:
+    """Generates and scores; `options` are those of `generate`."""
+    start = time.perf_counter()
+    completions = generate(model, tokenizer, list(data["prompt"]), generation, **options)
+    table = score(completions, data, objectives)
+    return Evaluation(table, cost_of(table, len(objectives), time.perf_counter() - start))
+
+
+def cost_of(table: pd.DataFrame, objectives: int, seconds: float) -> Cost:
+    """What a table of scored completions cost."""
+    return Cost(
+        prompts=int(table["prompt_index"].nunique()),
+        completions=len(table),
+        tokens=int(table["tokens"].sum()),
+        reward_calls=len(table) * objectives,
+        seconds=seconds,
+    )
+
+
+def mean_and_error(table: pd.DataFrame, objectives: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Mean score and its standard error per objective, both (O,).
+
+    Samples of one prompt are averaged first: prompts, not samples, are independent. The error of one prompt is NaN.
+    """
+    per_prompt = table.groupby("prompt_index")[list(objectives)].mean()
+    means, errors = per_prompt.mean(), per_prompt.sem()
+    return means.tolist(), errors.tolist()
+
+
+def summarize(table: pd.DataFrame, objectives: Sequence[str]) -> dict[str, float]:
+    """One row of a comparison: `<objective>` and `<objective>_error`, mean and minimum over objectives with the error
+    of the mean, distinct share over prompts, distinct-2, words."""
+    means, errors = mean_and_error(table, objectives)
+    per_prompt = table.groupby("prompt_index")[list(objectives)].mean().mean(axis=1)
+    first = table[table["sample"] == table["sample"].min()]["completion"].tolist()
+    return {
+        **dict(zip(objectives, means, strict=True)),
+        **{f"{name}_error": error for name, error in zip(objectives, errors, strict=True)},
+        "mean": float(np.mean(means)),
+        "mean_error": float(per_prompt.sem()),
+        "minimum": min(means),
+        "distinct_share": distinct_share(first),
+        "distinct_2": distinct_2(first),
+        "words": mean_words(table["completion"].tolist()),
+    }

@@ -1,0 +1,173 @@
+"""The experiment file: one frozen dataclass per block, shared by all stages.
+
+They stand here, not beside each stage's `run`, so that a wrong experiment file fails before torch is imported.
+Blocks named after another library (`lora`, `grpo`, `generation`) go straight to that library.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from emorl.config import UserError, apply_overrides, parse, read_yaml
+
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=_strict)
+class BaseConfig:
+    model: str
+    """hub id or folder of the base language model (decoder-only)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision the base is loaded in"""
+
+
+@dataclass(frozen=True, config=_strict)
+class DataConfig:
+    path: str
+    """prompts: a csv, json, jsonl or parquet file, or a data set's hub id"""
+    split: str = "train"
+    """split of a hub data set"""
+    prompt_column: str = "prompt"
+    """column with the prompts: text, or a conversation in TRL's format; other columns reach the objectives"""
+    system_prompt: str | None = None
+    """put before every text prompt as a system turn (chat models only)"""
+    validation: int = Field(default=32, ge=2)
+    """prompts kept for validation while training and for the search"""
+    test: int = Field(default=32, ge=2)
+    """prompts kept for the final comparison; neither training nor search sees them"""
+    validation_path: str | None = None
+    """a file or hub id of its own for the validation prompts"""
+    test_path: str | None = None
+    """a file or hub id of its own for the test prompts"""
+
+
+@dataclass(frozen=True, config=_strict)
+class ObjectiveConfig:
+    function: str
+    """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """options of that function; may be written beside `function` directly"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        """`reflection: package.module:f` and options written beside `function`."""
+        content = dict(getattr(value, "kwargs", None) or {}) if not isinstance(value, (str, dict)) else value
+        if isinstance(content, str):
+            return {"function": content}
+        options = {k: v for k, v in content.items() if k not in ("function", "options")}
+        return {"function": content.get("function"), "options": {**options, **(content.get("options") or {})}}
+
+
+@dataclass(frozen=True, config=_strict)
+class ConvergenceConfig:
+    window: int = Field(default=20, ge=2)
+    """validations looked back on (paper: 20)"""
+    threshold: float = Field(default=0.015, ge=0)
+    """stop when standard deviation / |mean| of the window falls below this (paper: 0.015); 0 never stops"""
+
+
+@dataclass(frozen=True, config=_strict)
+class CollapseConfig:
+    share: float = Field(default=0.8, ge=0, le=1)
+    """a policy with fewer distinct completions over prompts than this share of the base's counts as collapsed"""
+    patience: int = Field(default=3, ge=1)
+    """stop training after this many collapsed validations in a row"""
+
+
+@dataclass(frozen=True, config=_strict)
+class TrainConfig:
+    lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
+    """straight to peft.LoraConfig"""
+    grpo: dict[str, Any] = Field(default_factory=dict)
+    """straight to trl.GRPOConfig (learning_rate, max_steps, beta, num_generations, eval_steps, …)"""
+    convergence: ConvergenceConfig = Field(default_factory=ConvergenceConfig)
+    """when training has converged (paper's rule)"""
+    collapse: CollapseConfig = Field(default_factory=CollapseConfig)
+    """when a policy counts as collapsed to few sentences; such checkpoints are never kept as best"""
+
+
+@dataclass(frozen=True, config=_strict)
+class SearchConfig:
+    proposer: str = "hierarchical_grid"
+    """hierarchical_grid (paper), or an Optuna sampler: tpe, gp, nsga2, cma_es, qmc, random"""
+    levels: int = Field(default=5, ge=1, le=12)
+    """hierarchical grid: halvings of the box (paper: 5, a precision of 1/32)"""
+    trials: int | None = Field(default=None, ge=1)
+    """most evaluations of the search; an Optuna sampler without it gets 100"""
+    scalarize: Literal["mean", "weighted", "minimum", "chebyshev"] = "mean"
+    """how a vector of scores becomes one value: mean (paper), preference-weighted mean, worst, or Chebyshev distance"""
+    preferences: dict[str, float] = Field(default_factory=dict)
+    """objective -> importance, for weighted and chebyshev; all equal by default"""
+    samples: int = Field(default=1, ge=1)
+    """completions per prompt (more than one only makes sense with sampling)"""
+    include_base: bool = False
+    """the untrained base takes part as one more policy"""
+    batch: int = Field(default=8, ge=1)
+    """candidates decoded in one batch; a kill loses at most these"""
+    storage: str | None = None
+    """any Optuna storage URL, for several workers or a dashboard; a journal file in the run directory by default"""
+    generation: dict[str, Any] = Field(default_factory=dict)
+    """generation settings of the search alone; the experiment's otherwise"""
+
+
+@dataclass(frozen=True, config=_strict)
+class EvaluateConfig:
+    samples: int = Field(default=1, ge=1)
+    """completions per prompt"""
+    batch: int = Field(default=64, ge=1)
+    """prompts decoded in one batch"""
+    front_points: int = Field(default=8, ge=1)
+    """most points of the search's front that are scored again on the test prompts"""
+
+
+@dataclass(frozen=True, config=_strict)
+class Experiment:
+    output: Path
+    """directory of all runs of this experiment"""
+    base: BaseConfig
+    """the language model that all policies share"""
+    data: DataConfig
+    """the prompts"""
+    objectives: dict[str, ObjectiveConfig]
+    """name -> objective; one policy is trained for each"""
+    seed: int = 0
+    """seed of splits, training, sampling and search"""
+    generation: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 64, "do_sample": False})
+    """straight to transformers' generate() in search, evaluation and `emorl generate`"""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """training of the policies"""
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    """search for the weights"""
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    """comparison on the test prompts"""
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise ValueError("objectives: name at least one objective")
+        for name in self.objectives:
+            if not name.isidentifier() or name in RESERVED_NAMES:
+                raise ValueError(f"objectives: {name!r} cannot name an objective; use letters, digits and _")
+        unknown = sorted(set(self.search.preferences) - set(self.objectives))
+        if unknown:
+            raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
+
+
+RESERVED_NAMES = frozenset({"base", "system", "kind", "prompt", "prompt_index", "sample", "completion", "tokens"})
+"""columns of the completions table, and the name of the base among the policies."""
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in a YAML file with `dotted.key=value` overrides applied."""
+    return parse(Experiment, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def load_run(directory: Path) -> Experiment:
+    """The experiment whose stages have run in `directory` (its resolved copy there)."""
+    resolved = directory / "experiment.yaml"
+    if not resolved.is_file():
+        raise UserError(f"{directory} is not a run directory (no experiment.yaml in it); run `emorl run` first")
+    return load_experiment(resolved)

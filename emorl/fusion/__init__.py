@@ -1,0 +1,1 @@
+"""Fusion: several policies' parameters mixed into one policy."""

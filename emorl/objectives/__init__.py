@@ -1,0 +1,26 @@
+"""Objectives: reward functions in TRL's convention, by registry name, hub id or `package.module:attribute`.
+
+An objective is called as `objective(prompts=…, completions=…, **columns)` and returns one score per completion
+(`list[float | None]`, None for "cannot be scored"); every objective is maximised. What works in
+`trl.GRPOTrainer(reward_funcs=…)` works here and the other way round.
+
+| name | scores | range |
+|---|---|---|
+| classifier | probability of a label under a sequence classifier that reads prompt and completion | [0, 1] |
+| likelihood | fluency: perplexity of the completion given the prompt under a causal language model | [0, 1] |
+| length | 1 inside a range of words, falling to 0 outside | [0, 1] |
+| repetition | 1 - share of word trigrams that repeat an earlier one | [0, 1] |
+| distinct_2 | distinct word bigrams / word bigrams | [0, 1] |
+"""
+
+from emorl.objectives.classifier import Classifier
+from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.text import Distinct2, Length, Repetition
+
+REGISTRY = {
+    "classifier": Classifier,
+    "likelihood": Likelihood,
+    "length": Length,
+    "repetition": Repetition,
+    "distinct_2": Distinct2,
+}

@@ -1,0 +1,65 @@
+"""An objective that is the probability of a label under a sequence classifier from a folder or the hub."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from emorl.config import nearest
+from emorl.data import completion_text, prompt_text
+from emorl.objectives.batching import score_in_batches
+
+
+class Classifier:
+    """Scores in [0, 1]: sigmoid of a single logit, or the softmax probability of `label`.
+
+    Args:
+        model: folder or hub id of any `AutoModelForSequenceClassification` with safetensors weights.
+        label: name of the label that is wanted; not needed where the model has a single logit.
+        with_prompt: encode (prompt, completion) as a pair; False reads the completion alone.
+        batch_size: completions per forward pass; they are sorted by length first.
+
+    >>> Classifier("org/toxicity", label="non-toxic")(prompts=["Hi"], completions=["Hello!"])  # doctest: +SKIP
+    [0.98]
+    """
+
+    def __init__(self, model: str, label: str | None = None, with_prompt: bool = True, batch_size: int = 64) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._model = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True).eval()
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+        self._with_prompt = with_prompt
+        self._batch_size = batch_size
+        self._label_index = _label_index(model, self._model.config.id2label, label)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        texts = [completion_text(completion) for completion in completions]
+        pairs = list(zip(map(prompt_text, prompts), texts, strict=True))
+        return score_in_batches(pairs, self._probabilities, self._batch_size)
+
+    @torch.no_grad()
+    def _probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        prompts, completions = map(list, zip(*pairs, strict=True))
+        inputs = self._tokenizer(
+            *([prompts, completions] if self._with_prompt else [completions]),
+            padding=True,
+            padding_side="right",  # on the left it would shift an encoder's positions
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._model.device)
+        logits = self._model(**inputs).logits.float()  # (B, labels)
+        if self._label_index is None:
+            return logits[:, 0].sigmoid().tolist()
+        return logits.softmax(-1)[:, self._label_index].tolist()
+
+
+def _label_index(model: str, id2label: dict[int, str], label: str | None) -> int | None:
+    """The wanted label's column; None for a single logit."""
+    if len(id2label) == 1:
+        return None
+    names = {name: index for index, name in id2label.items()}
+    if label is None:
+        raise ValueError(f"classifier {model!r} has the labels {', '.join(names)}; say which with `label:`")
+    if label not in names:
+        raise ValueError(f"classifier {model!r} has no label {label!r}; {nearest(label, names)}")
+    return names[label]

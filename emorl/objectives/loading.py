@@ -1,0 +1,127 @@
+"""From a config to a checked objective: names and options before any model loads, scores whenever it is called."""
+
+import asyncio
+import functools
+import importlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emorl.config import UserError, nearest
+from emorl.experiment import ObjectiveConfig
+from emorl.objectives import REGISTRY
+
+
+class Objective:
+    """A reward function under its name; every call's scores are checked (one finite number or None per completion).
+
+    Raises:
+        UserError: on a call, when the function returns the wrong number of scores, NaN, infinity or no number.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = self.__name__ = name  # TRL logs a reward function under its __name__
+        self._function = function
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        scores = self._function(prompts=list(prompts), completions=list(completions), **columns)
+        if inspect.isawaitable(scores):
+            scores = asyncio.run(_awaited(scores))
+        return self._checked(scores, len(completions))
+
+    def _checked(self, scores: Any, expected: int) -> list[float | None]:
+        where = f"objective {self.name!r}"
+        if isinstance(scores, str) or not hasattr(scores, "__iter__"):
+            raise UserError(f"{where} returned {scores!r:.60}; expected a list with one score per completion")
+        scores = [score.item() if hasattr(score, "item") else score for score in scores]
+        if len(scores) != expected:
+            raise UserError(f"{where} returned {len(scores)} scores for {expected} completions; expected one for each")
+        for position, score in enumerate(scores):
+            if score is None:
+                continue
+            if not isinstance(score, numbers.Real) or not math.isfinite(score):
+                raise UserError(
+                    f"{where} returned {score!r:.60} for completion {position}; expected a finite number, or None where "
+                    "a completion cannot be scored"
+                )
+        return [None if score is None else float(score) for score in scores]
+
+
+async def _awaited(scores: Any) -> Any:
+    return await scores
+
+
+def check_objectives(objectives: Mapping[str, ObjectiveConfig]) -> None:
+    """Resolves every objective's function and options without loading a model.
+
+    Raises:
+        UserError: an unknown name (with the nearest ones), a module or attribute that is not there, an unknown or
+            missing option, a local model folder that does not exist.
+    """
+    for name, config in objectives.items():
+        _resolve(name, config)
+
+
+def load_objective(name: str, config: ObjectiveConfig) -> Objective:
+    """The objective ready to score; loads its model if it has one."""
+    function, options = _resolve(name, config)
+    try:
+        return Objective(name, function(**options) if isinstance(function, type) else _partial(function, options))
+    except (ValueError, OSError) as error:
+        what = f"model {options['model']!r}: " if isinstance(error, OSError) and "model" in options else ""
+        raise UserError(f"objective {name!r}: {what}{str(error).splitlines()[0]:.300}") from None
+
+
+def _partial(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    return functools.partial(function, **options) if options else function
+
+
+def _resolve(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The class or function behind a config, and its options."""
+    where, options = f"objective {name!r}", dict(config.options)
+    if ":" in config.function:
+        function = _import(where, config.function)
+    elif config.function in REGISTRY:
+        function = REGISTRY[config.function]
+    elif "/" in config.function:
+        function, options = REGISTRY["classifier"], {"model": config.function, **options}
+    else:
+        raise UserError(
+            f"{where}: no objective function is called {config.function!r}; {nearest(config.function, REGISTRY)} "
+            "(or a hub id, or package.module:attribute)"
+        )
+    _check_options(where, function, options)
+    return function, options
+
+
+def _import(where: str, path: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from None
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise UserError(f"{where}: {module_name} has no {attribute!r}; {nearest(attribute, vars(module))}")
+    if not callable(function):
+        raise UserError(f"{where}: {path} is {function!r:.60}; expected a function or class")
+    return function
+
+
+def _check_options(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                raise UserError(f"{where}: unknown option {option!r}; {nearest(option, parameters)}")
+    if isinstance(function, type):
+        for option, parameter in parameters.items():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and parameter.default is parameter.empty and option not in options:
+                raise UserError(f"{where}: option {option!r} is missing")
+    model = options.get("model")
+    if isinstance(model, str) and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise UserError(f"{where}: model {model!r} is not a folder")

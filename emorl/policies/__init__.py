@@ -1,0 +1,1 @@
+"""Policies: one base model and LoRA adapters, and the only place a prompt is rendered."""

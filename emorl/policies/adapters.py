@@ -1,0 +1,264 @@
+"""LoRA adapters as plain tensors: read from a PEFT directory, checked against the base they were trained on.
+
+Only what can be combined exactly is read (plain LoRA on linear layers); everything else PEFT can write is refused by
+name. Tensors come from safetensors only, never from a pickle.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+# Settings that do not change what plain LoRA computes at inference. Any other setting must be left empty, so what a
+# future PEFT adds is refused until someone has looked at it.
+_HARMLESS_SETTINGS = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "eva_config",
+        "loftq_config",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "ensure_weight_tying",
+    ]
+)
+_EMPTY_VALUES: tuple[Any, ...] = (None, False, "none", [], {}, "")
+_REMEDIES = {
+    "bias": "train with bias='none'",
+    "lora_bias": "train with lora_bias=False",
+    "modules_to_save": "train without modules_to_save, so that all policies share every module of the base",
+    "trainable_token_indices": "train without trainable_token_indices, so that all policies share the embeddings",
+    "target_parameters": "name linear modules in target_modules instead",
+}
+# These start from random factors and leave the base as it was; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from it.
+_BASE_PRESERVING_INITIALISATIONS: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_SAMPLES_PER_PARAMETER = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA adapter: module `m` of the base computes `x W_m + x A B`, with the LoRA scaling folded into B.
+
+    `factors` maps the base's module names to (A (in, r), B (r, out)) in float32.
+    """
+
+    path: Path
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    base_name: str | None
+    base_fingerprint: str | None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a plain LoRA adapter that PEFT saved, e.g. `read_adapter("runs/train-empathy/adapter")`.
+
+    rsLoRA, rank_pattern and alpha_pattern are honoured. Raises ValueError for anything that is not plain LoRA.
+    """
+    path = Path(path).absolute()
+    config = _read_config(path)
+    _refuse_other_than_plain_lora(config, path)
+    tensors = _read_tensors(path)
+    modules = sorted({name for name, _ in tensors})
+    base_name = config.get("base_model_name_or_path") or None
+    return Adapter(
+        path=path,
+        factors={module: _scaled_factors(module, tensors, config, path) for module in modules},
+        base_name=base_name,
+        base_fingerprint=_recorded_fingerprint(path),
+        task_type=config.get("task_type"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def check_adapter_fits(adapter: Adapter, base_model: PreTrainedModel) -> None:
+    """Raise ValueError unless every adapted module is a linear layer of the base, of the right shape, on the same base.
+
+    Sameness is decided by `base_fingerprint` if `policy.json` records one; without it a differing base name only warns.
+    """
+    modules = dict(base_model.named_modules())
+    shared = (base_model.get_input_embeddings(), base_model.get_output_embeddings())
+    for name, (a, b) in adapter.factors.items():
+        module = modules.get(name)
+        if module is None:
+            raise ValueError(
+                f"The adapter in {adapter.path} adapts {name!r}, which {type(base_model).__name__} does not have; "
+                f"use the base it was trained on ({adapter.base_name or 'not recorded'})."
+            )
+        if any(module is one for one in shared):
+            raise ValueError(
+                f"The adapter in {adapter.path} adapts {name!r}, an embedding or output head, which all policies must "
+                "share; train with target_modules that leave it out."
+            )
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise ValueError(
+                f"The adapter in {adapter.path} adapts {name!r}, which is a {type(module).__name__}; expected a "
+                "Linear or "
+                "Conv1D of a bare base model (not one that already carries adapters)."
+            )
+        linear = isinstance(module, nn.Linear)
+        expected = (module.in_features, module.out_features) if linear else (module.nx, module.nf)
+        if (a.shape[0], b.shape[1]) != expected:
+            raise ValueError(
+                f"The adapter in {adapter.path} maps {a.shape[0]} to {b.shape[1]} features at {name!r}, but the base "
+                "has "
+                f"{expected[0]} to {expected[1]}; use the base it was trained on "
+                f"({adapter.base_name or 'not recorded'})."
+            )
+    _check_same_base(adapter, base_model)
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of the names, shapes and 16 sampled values of every parameter of a bare base model (cheap even for 7B).
+
+    Values are rounded to bfloat16 first, so loading one checkpoint in float32 or in bfloat16 gives the same
+    fingerprint; float16 may differ in a rounding, and quantised weights do differ. Take it before adapters are added:
+    they change names.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        if parameter.is_meta or parameter.numel() == 0:
+            raise ValueError(
+                f"The parameter {name!r} is not in memory; take the fingerprint before sharding or offloading."
+            )
+        flat = parameter.detach().reshape(-1)
+        steps = torch.arange(_SAMPLES_PER_PARAMETER, device=flat.device)
+        positions = steps * (flat.numel() - 1) // (_SAMPLES_PER_PARAMETER - 1)
+        sample = flat[positions].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a directory; expected the directory of a LoRA adapter saved by PEFT (fetch one from the "
+            "hub "
+            "with `hf download` first)."
+        )
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} holds no adapter_config.json; expected the directory PEFT's save_pretrained() wrote.")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); save the adapter again.") from error
+
+
+def _refuse_other_than_plain_lora(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} holds a PEFT adapter of type {config.get('peft_type')!r}; expected 'LORA'.")
+    for key, value in config.items():
+        if key not in _HARMLESS_SETTINGS and value not in _EMPTY_VALUES:
+            remedy = _REMEDIES.get(key, f"train without {key}")
+            raise ValueError(f"The adapter in {path} sets {key}={value!r}; only plain LoRA can be combined: {remedy}.")
+    initialisation = config.get("init_lora_weights")
+    if initialisation not in _BASE_PRESERVING_INITIALISATIONS:
+        raise ValueError(
+            f"The adapter in {path} was initialised with {initialisation!r}, which changes the base model, so "
+            "it does not fit the shared base; train with init_lora_weights=True, or convert it to plain LoRA with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=…)."
+        )
+
+
+def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
+    """Tensors by (module name, "A" or "B"), as PEFT stores them: A (r, in), B (out, r)."""
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        has_pickle = (path / "adapter_model.bin").is_file()
+        pickled = " (adapter_model.bin is a pickle, which can run code when read)" if has_pickle else ""
+        raise ValueError(f"{path} holds no adapter_model.safetensors{pickled}; save it with PEFT's save_pretrained().")
+    try:
+        loaded = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); save the adapter again.") from error
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for name, tensor in loaded.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or tensor.ndim != 2:
+            raise ValueError(
+                f"The adapter in {path} holds the tensor {name!r} of shape {tuple(tensor.shape)}; expected only "
+                "lora_A and "
+                "lora_B matrices of linear layers: train without adapting embeddings, biases or other modules."
+            )
+        tensors[match["module"], match["factor"]] = tensor
+    if not tensors:
+        raise ValueError(f"The adapter in {path} holds no tensors; expected lora_A and lora_B matrices: train again.")
+    return tensors
+
+
+def _scaled_factors(
+    module: str, tensors: Mapping[tuple[str, str], Tensor], config: Mapping[str, Any], path: Path
+) -> tuple[Tensor, Tensor]:
+    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = rank_pattern.get(get_pattern_key(list(rank_pattern), module), config["r"])
+    alpha = alpha_pattern.get(get_pattern_key(list(alpha_pattern), module), config["lora_alpha"])
+    a, b = tensors.get((module, "A")), tensors.get((module, "B"))
+    if a is None or b is None or not a.shape[0] == b.shape[1] == rank:
+        found = [None if factor is None else tuple(factor.shape) for factor in (a, b)]
+        raise ValueError(
+            f"The adapter in {path} has lora_A, lora_B of shapes {found} at {module!r}; expected both, of rank {rank} "
+            "as "
+            "adapter_config.json says: save it again."
+        )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return a.float().T.contiguous(), (b.float() * scaling).T.contiguous()  # (in, r), (r, out)
+
+
+def _recorded_fingerprint(path: Path) -> str | None:
+    file = path / "policy.json"
+    return json.loads(file.read_text()).get("base_fingerprint") if file.is_file() else None
+
+
+def _check_same_base(adapter: Adapter, base_model: PreTrainedModel) -> None:
+    if adapter.base_fingerprint is not None:
+        if adapter.base_fingerprint != base_fingerprint(base_model):
+            raise ValueError(
+                f"The adapter in {adapter.path} was trained on another base ({adapter.base_name or 'not recorded'}) "
+                "than "
+                f"{base_model.name_or_path or 'the model given'}: their weights differ; load that base (or, if you "
+                "know "
+                "they agree, e.g. a quantised copy, delete base_fingerprint from its policy.json)."
+            )
+    elif adapter.base_name and base_model.name_or_path and adapter.base_name != base_model.name_or_path:
+        logger.warning(
+            "The adapter in %s was trained on %r and is used on %r; policy.json records no fingerprint to compare.",
+            adapter.path,
+            adapter.base_name,
+            base_model.name_or_path,
+        )

@@ -1,0 +1,240 @@
+"""Builds the parts of the quickstart from our own corpus: a tiny chat policy, three reward models and prompts.
+
+The judges start from the policy's parameters: a decoder that has learned to answer already compares an answer with its
+prompt, which a tiny encoder does not learn from scratch in half a minute.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from emorl.quickstart import corpus, words
+from emorl.runs import only_process, write_text
+
+Progress = Callable[[str], None]
+
+PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+POLICY_MIX = {"plain": 2.0, "restating": 1.0, "complex": 2.0, "kind": 1.0, "warm": 2.0, "balanced": 1.0}
+FLUENCY_MIX = {"plain": 12.0, "restating": 1.0, "complex": 1.0, "kind": 1.0, "warm": 1.0, "balanced": 1.0}
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Sizes; the defaults take about a minute and a half on two cores."""
+
+    vocabulary: int = 1024
+    hidden: int = 128
+    layers: int = 2
+    batch: int = 64
+    base_steps: int = 420
+    judge_steps: int = 120
+    fluency_steps: int = 60
+    base_rate: float = 4e-3
+    judge_rate: float = 1e-3
+    prompts: int = 2000
+
+
+@dataclass(frozen=True)
+class QuickstartParts:
+    """Where the parts are: four model directories, each with its tokenizer, and a jsonl file with column `prompt`."""
+
+    base: Path
+    reflection: Path
+    empathy: Path
+    fluency: Path
+    prompts: Path
+
+
+def build(
+    directory: Path, seed: int = 0, progress: Progress | None = None, config: BuildConfig | None = None
+) -> QuickstartParts:
+    """Build what is missing under `directory`; other seeds, sizes or versions of the corpus get their own subdirectory.
+
+    Each part appears whole or not at all. Same seed, same parts on the same machine.
+
+    Raises:
+        UserError: another process is building there.
+    """
+    config, say = config or BuildConfig(), progress or (lambda line: None)
+    home = directory / _fingerprint(seed, config)
+    names = ("base", "reflection", "empathy", "fluency")
+    parts = QuickstartParts(*(home / name for name in names), prompts=home / "prompts.jsonl")
+    if all(path.exists() for path in asdict(parts).values()):
+        return parts
+    with only_process(home), torch.random.fork_rng(devices=[]):
+        for leftover in home.glob(".building-*"):
+            shutil.rmtree(leftover)
+        _write_part(parts.base, lambda path: _build_base(path, seed, config, say), seed)
+        _write_part(parts.fluency, lambda path: _build_fluency(path, parts.base, seed, config, say), seed)
+        for objective in ("reflection", "empathy"):
+            _write_part(home / objective, lambda path: _build_judge(path, parts.base, seed, config, say), seed)
+        rows = corpus.write_prompts(seed, config.prompts)
+        write_text(parts.prompts, "".join(json.dumps(row) + "\n" for row in rows))
+    return parts
+
+
+def _fingerprint(seed: int, config: BuildConfig) -> str:
+    sources = [inspect.getsource(module) for module in (corpus, words)] + [inspect.getsource(_train)]
+    return hashlib.sha256(repr((seed, astuple(config), sources)).encode()).hexdigest()[:12]
+
+
+def _write_part(path: Path, write: Callable[[Path], None], seed: int) -> None:
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
+        torch.manual_seed(seed)
+        write(Path(scratch) / path.name)
+        os.replace(Path(scratch) / path.name, path)
+
+
+def _build_base(path: Path, seed: int, config: BuildConfig, say: Progress) -> None:
+    tokenizer = _train_tokenizer(seed, config)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden,
+            intermediate_size=3 * config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    _let_tokens_find_their_like(model)
+    say(f"tiny chat policy: {model.num_parameters() / 1e6:.2f}M parameters, {config.base_steps} steps")
+    dialogues = corpus.write_dialogues(seed, POLICY_MIX)
+    _train(
+        model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.base_steps, config.base_rate, say
+    )
+    _save(model, tokenizer, path)
+
+
+def _build_fluency(path: Path, base: Path, seed: int, config: BuildConfig, say: Progress) -> None:
+    say(f"fluency: a language model of its own, {config.fluency_steps} steps")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    dialogues = corpus.write_dialogues(seed + 1, FLUENCY_MIX)
+    _train(
+        model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.judge_rate, say
+    )
+    _save(model, tokenizer, path)
+
+
+def _build_judge(path: Path, base: Path, seed: int, config: BuildConfig, say: Progress) -> None:
+    objective = path.name
+    say(f"{objective}: a classifier of prompt and response, {config.judge_steps} steps")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, id2label={0: objective})
+    dialogues = corpus.write_judged(seed + 2)
+
+    def loss() -> torch.Tensor:
+        rows = list(islice(dialogues, config.batch))
+        inputs = tokenizer(
+            [row.prompt for row in rows], [row.response for row in rows], padding=True, return_tensors="pt"
+        )
+        targets = torch.tensor([getattr(row, objective) / 2 for row in rows])  # (B,)
+        return functional.binary_cross_entropy_with_logits(model(**inputs).logits[:, 0], targets)
+
+    _train(model, loss, config.judge_steps, config.judge_rate, say)
+    _save(model, tokenizer, path)
+
+
+def _answer_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dialogues: Iterator[corpus.Dialogue], config: BuildConfig
+) -> torch.Tensor:
+    """Mean negative log likelihood of the responses' tokens: learning to write prompts as well takes thrice the steps."""
+    rows = list(islice(dialogues, config.batch))
+    inputs = tokenizer([row.prompt for row in rows], [row.response for row in rows], padding=True, return_tensors="pt")
+    tokens = inputs["input_ids"]  # (B, T)
+    answers = (tokens == tokenizer.convert_tokens_to_ids(ASSISTANT)).cumsum(dim=1) > 0
+    answers = (answers & (inputs["attention_mask"] == 1))[:, :-1] & (inputs["attention_mask"][:, 1:] == 1)
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, :-1]  # (B, T - 1, H)
+    return functional.cross_entropy(model.lm_head(hidden[answers]), tokens[:, 1:][answers])
+
+
+def _let_tokens_find_their_like(model: LlamaForCausalLM) -> None:
+    """Change the initial attention to look for similar tokens and copy them, so that quoting the prompt is soon learned."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+
+
+def _train(model: PreTrainedModel, loss: Callable[[], torch.Tensor], steps: int, rate: float, say: Progress) -> None:
+    """Change the model's parameters by `steps` steps of AdamW; `loss` draws its own batch."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    for step in range(1, steps + 1):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 10) == 0:
+            say(f"  step {step}/{steps}, loss {value.item():.3f}")
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    model.eval()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _train_tokenizer(seed: int, config: BuildConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. A pair (prompt, response) is encoded as the chat template renders it."""
+    rows: Sequence[corpus.Dialogue] = list(islice(corpus.write_dialogues(seed, dict.fromkeys(corpus.RESPONSES, 1.0)), 5000))
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[PAD, END, SYSTEM, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator((text for row in rows for text in (row.prompt, row.response)), trainer)
+    pair = f"{USER} $A {END} {ASSISTANT} $B {END}"
+    ids = [(token, inner.token_to_id(token)) for token in (USER, END, ASSISTANT)]
+    inner.post_processor = processors.TemplateProcessing(single="$A", pair=pair, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=256,
+        model_input_names=["input_ids", "attention_mask"],
+    )

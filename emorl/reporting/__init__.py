@@ -1,0 +1,1 @@
+"""Reporting: tables, figures and one HTML report from finished run directories."""

@@ -1,0 +1,195 @@
+"""Comparison stage: what was chosen and its rivals, on test prompts that neither training nor search has seen
+(`emorl evaluate experiment.yaml`).
+
+Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
+its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, ParameterAverage
+from emorl.config import UserError, as_mapping
+from emorl.data import load_prompts
+from emorl.evaluation.pareto import front, hypervolume
+from emorl.evaluation.scoring import cost_of, evaluate, summarize
+from emorl.experiment import Experiment
+from emorl.objectives.loading import load_objective
+from emorl.policies.adapters import read_adapter
+from emorl.policies.loading import load_base, load_tokenizer
+from emorl.policies.prompts import is_chat
+from emorl.progress import Progress, Silent
+from emorl.runs import Run, only_process, open_run, write_json, written_whole
+from emorl.search.weight_search import read_result
+from emorl.training.grpo import policy_directories
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of the comparison. `kind`: base, policy, ensemble, front or parameter_average; weights by policy name."""
+
+    name: str
+    kind: str
+    weights: Mapping[str, float]
+
+
+def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
+    """Scores all systems on the test prompts; returns the run directory.
+
+    It holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system) and
+    `result.json` (systems, hypervolumes with their reference point). Systems scored before an interruption are kept.
+    """
+    progress = progress or Silent()
+    path = experiment.output / "evaluate"
+    found = read_result(experiment)
+    systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)
+    identity = {**as_mapping(experiment), "systems": [asdict(system) for system in systems]}
+    identity.pop("output")
+    with only_process(path):
+        run = open_run(path, "evaluate", identity)
+        if run.finished:
+            progress.say(f"evaluate: finished before, in {path}")
+            return path
+        progress.say(f"evaluate: {len(systems)} systems on {experiment.data.test} test prompts")
+        run = _score_missing(experiment, systems, run, progress)
+        _write_tables(experiment, systems, path)
+        run.finish()
+    return path
+
+
+def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: int) -> list[System]:
+    equal = {name: 1 / len(objectives) for name in objectives}
+    best = found["best"]["weights"]
+    chosen = _spread([[point["scores"][name] for name in objectives] for point in found["front"]], front_points)
+    points = [found["front"][index]["weights"] for index in chosen]
+    return [
+        System("base", "base", {}),
+        *(System(f"policy {name}", "policy", {other: float(other == name) for other in objectives}) for name in objectives),
+        System("ensemble, equal weights", "ensemble", equal),
+        System("ensemble, best found", "ensemble", best),
+        System("parameter average, equal weights", "parameter_average", equal),
+        *(System(f"front {number}", "front", weights) for number, weights in enumerate(points, 1)),
+    ]
+
+
+def _spread(scores: Sequence[Sequence[float]], most: int) -> list[int]:
+    """At most `most` of the points: the best of each objective, then always the one farthest from those chosen."""
+    points = np.array(scores)  # (N, O)
+    scaled = (points - points.min(0)) / np.maximum(points.max(0) - points.min(0), 1e-12)
+    chosen = list(dict.fromkeys(int(index) for index in points.argmax(0)))[:most]
+    while len(chosen) < min(most, len(points)):
+        distance = np.linalg.norm(scaled[:, None] - scaled[chosen][None], axis=-1).min(1)  # (N,)
+        distance[chosen] = -1
+        chosen.append(int(distance.argmax()))
+    return sorted(chosen, key=lambda index: tuple(-points[index]))
+
+
+def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, progress: Progress) -> Run:
+    """Scores each system that has no table yet."""
+    missing = [system for system in systems if not _table_path(run.path, system).exists()]
+    if not missing:
+        return run
+    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
+    base = load_base(experiment.base)
+    adapters = {name: read_adapter(path) for name, path in policy_directories(experiment).items()}
+    include_base = any(BASE_POLICY in system.weights for system in systems)
+    try:
+        models: dict[str, PreTrainedModel] = {
+            "base": base.model,
+            "ensemble": HiddenStateEnsemble(base.model, adapters, include_base=include_base),
+            "parameter_average": ParameterAverage(base.model, adapters, include_base=include_base),
+        }
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    with progress.bar("evaluate", len(systems), done=len(systems) - len(missing)) as bar:
+        for system in missing:
+            model = models[system.kind if system.kind in models else "ensemble"]
+            names = getattr(model, "policy_names", ())
+            vector = torch.tensor([system.weights.get(name, 0.0) for name in names])  # (K,)
+            evaluation = evaluate(
+                model,
+                base.tokenizer,
+                splits.test,
+                objectives,
+                experiment.generation,
+                samples=experiment.evaluate.samples,
+                batch=experiment.evaluate.batch,
+                seed=experiment.seed,
+                per_prompt={"weights": vector.expand(len(splits.test), -1)} if system.weights else None,
+            )
+            with written_whole(_table_path(run.path, system)) as temporary:
+                evaluation.table.to_parquet(temporary, index=False)
+            run = run.add_cost(evaluation.cost)
+            bar.advance(1, system.name)
+    return run
+
+
+def _table_path(path: Path, system: System) -> Path:
+    return path / "systems" / f"{re.sub('[^a-z0-9]+', '-', system.name.lower())}.parquet"
+
+
+def _write_tables(experiment: Experiment, systems: Sequence[System], path: Path) -> None:
+    objectives = list(experiment.objectives)
+    tables = {system.name: pd.read_parquet(_table_path(path, system)) for system in systems}
+    completions = pd.concat([table.assign(system=name) for name, table in tables.items()], ignore_index=True)
+    with written_whole(path / "completions.parquet") as temporary:
+        completions.to_parquet(temporary, index=False)
+    summary = summary_table(systems, tables, objectives, experiment.train.collapse.share)
+    with written_whole(path / "summary.csv") as temporary:
+        summary.to_csv(temporary, index=False)
+    write_json(path / "result.json", {"objectives": objectives, "systems": [asdict(s) for s in systems],
+                                      **indicators(summary, objectives)})  # fmt: skip
+
+
+def summary_table(
+    systems: Sequence[System], tables: Mapping[str, pd.DataFrame], objectives: Sequence[str], collapse_share: float
+) -> pd.DataFrame:
+    """One row per system: system, kind, weight_<policy>, what `summarize` gives, seconds per prompt is not among them;
+    `collapsed` where distinct completions fell under `collapse_share` of the base's."""
+    rows = [
+        {
+            "system": system.name,
+            "kind": system.kind,
+            **{f"weight_{name}": weight for name, weight in system.weights.items()},
+            **summarize(tables[system.name], objectives),
+            "completions": len(tables[system.name]),
+            "tokens": cost_of(tables[system.name], 0, 0.0).tokens,
+        }
+        for system in systems
+    ]
+    summary = pd.DataFrame(rows)
+    base_share = summary.loc[summary["kind"] == "base", "distinct_share"].iloc[0]
+    return summary.assign(
+        collapsed=summary["distinct_share"] < collapse_share * base_share, front=front(summary[list(objectives)])
+    )
+
+
+def indicators(summary: pd.DataFrame, objectives: Sequence[str]) -> dict[str, Any]:
+    """Hypervolumes (direction: maximise) of what each method offers; the reference point is the worst score of each
+    objective over all compared systems."""
+    names = list(objectives)
+    reference = summary[names].min().tolist()
+    groups = {
+        "base": ["base"],
+        "policies alone": ["policy"],
+        "parameter average": ["parameter_average"],
+        "ensemble": ["policy", "ensemble", "front"],  # one-hot weights are the policies alone
+    }
+    volumes = {
+        label: hypervolume(summary.loc[summary["kind"].isin(kinds), names], reference) for label, kinds in groups.items()
+    }
+    return {
+        "hypervolume": volumes,
+        "reference_point": dict(zip(names, reference, strict=True)),
+        "direction": "maximise",
+        "prompts": "test",
+    }

@@ -1,0 +1,162 @@
+"""Report stage: one self-contained HTML page of a compared run directory (`emorl report RUN`).
+
+Plotly's script is inside the page once and nothing is loaded from a network. All text that a model or a user wrote is
+escaped by the template.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from emorl.config import to_yaml
+from emorl.reporting import figures
+from emorl.reporting.results import BASE, BEST, Results, paired_difference, read_results, validations
+from emorl.runs import write_text
+
+_TEMPLATE = "report.html"
+_PROMPTS = 12
+_TERNARY_POLICIES = 3
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A system against the best found: its mean score, and best found minus rival, each with its standard error."""
+
+    name: str
+    score: float
+    error: float
+    difference: float
+    difference_error: float
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` (by more than two standard errors of the paired difference), `same` or `undecided`."""
+        if self.difference == 0 and self.difference_error == 0:
+            return "same"
+        if abs(self.difference) <= 2 * self.difference_error or math.isnan(self.difference_error):
+            return "undecided"
+        return "better" if self.difference > 0 else "worse"
+
+
+def write_report(output: Path) -> Path:
+    """Writes `report/report.html` into an experiment's output directory; returns its path.
+
+    Raises:
+        UserError: the comparison has not finished.
+    """
+    results = read_results(output)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template(_TEMPLATE).render(_content(results))
+    path = output / "report" / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _content(results: Results) -> dict[str, Any]:
+    found = rivals(results)
+    systems = results.summary.to_dict("records")
+    return {
+        "results": results,
+        "plotly": Markup(get_plotlyjs()),
+        "headline": headline(found[: len(results.objectives)]),
+        "rivals": found,
+        "best": next(row for row in systems if row["system"] == BEST),
+        "search_mean": sum(results.search["best"]["scores"].values()) / len(results.objectives),
+        "systems": systems,
+        "weighted": [row for row in systems if row["kind"] in ("ensemble", "front")],
+        "search_front": sorted(results.search["front"], key=lambda point: -point["value"]),
+        "generation_systems": (shown := _compared(results)),
+        "generations": _generation_rows(results, shown),
+        "costs": results.costs.reset_index().to_dict("records"),
+        "config": to_yaml(results.experiment),
+        **_figures(results),
+    }
+
+
+def rivals(results: Results) -> list[Rival]:
+    """The best found against each policy, then equal weights, parameter average and base."""
+    rows = {row["system"]: row for row in results.summary.to_dict("records")}
+    names = [name for name in _compared(results) if name not in (BEST, BASE)]
+    return [
+        Rival(
+            name,
+            rows[name]["mean"],
+            rows[name]["mean_error"],
+            *paired_difference(results.completions, BEST, name, results.objectives),
+        )
+        for name in [*names, BASE]
+    ]
+
+
+def headline(policies: Sequence[Rival]) -> str:
+    """One sentence: how the best found ensemble does against each policy alone."""
+    phrases = {
+        "better": "scores higher than {}",
+        "worse": "scores lower than {}",
+        "undecided": "cannot be told apart from {}",
+        "same": "scores exactly like {}",
+    }
+    parts = []
+    for verdict, phrase in phrases.items():
+        names = [rival.name for rival in policies if rival.verdict == verdict]
+        if names:
+            parts.append(phrase.format(_listed(names)))
+    return f"The best ensemble found {_listed(parts)}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _compared(results: Results) -> list[str]:
+    """All systems but the points of the front."""
+    kinds = ["base", "policy", "ensemble", "parameter_average"]
+    return results.summary.loc[results.summary["kind"].isin(kinds), "system"].tolist()
+
+
+def _generation_rows(results: Results, systems: Sequence[str]) -> list[dict[str, Any]]:
+    """Per prompt: its text and, per system, the first completion with its scores."""
+    table = results.completions
+    first = table[(table["sample"] == table["sample"].min()) & table["system"].isin(systems)]
+    rows = []
+    for index in sorted(first["prompt_index"].unique())[:_PROMPTS]:
+        cells = first[first["prompt_index"] == index].set_index("system").loc[list(systems)]
+        rows.append({"prompt": cells["prompt"].iloc[0], "cells": cells.to_dict("records")})
+    return rows
+
+
+def _figures(results: Results) -> dict[str, Any]:
+    trials, summary, objectives = results.trials, results.summary, results.objectives
+    share = results.experiment.train.collapse.share
+    ternary = []
+    if len(results.policies) == _TERNARY_POLICIES:
+        columns = {**{f"score_{name}": f"{name} over the weights" for name in objectives}, "value": "The searched value over the weights"}
+        ternary = [figures.ternary_figure(trials, results.policies, column, title) for column, title in columns.items()]
+    return {
+        "fronts": [_embedded(figures.front_figure(trials, summary, x, y)) for x, y in combinations(objectives, 2)],
+        "ternaries": [_embedded(figure) for figure in ternary],
+        "trace": _embedded(figures.search_trace(trials)),
+        "volumes": _embedded(figures.hypervolume_figure(results.indicators["hypervolume"])),
+        "training": [
+            _embedded(figures.training_figure(validations(result), name, result["best_step"], share))
+            for name, result in results.training.items()
+        ],
+    }
+
+
+def _embedded(figure: go.Figure) -> Markup:
+    """The figure as a piece of HTML that uses the page's one copy of plotly."""
+    config: Mapping[str, Any] = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+    height = f"{figure.layout.height}px"
+    return Markup(
+        plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config=config, default_height=height)
+    )

@@ -1,0 +1,198 @@
+"""Results as tables on the terminal, and as JSON."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from emorl.reporting.results import BASE, BEST, Results, cost_table, generations, read_results
+
+__all__ = ["comparison_json", "cost_table", "print_comparison", "print_front"]
+
+_FILE_WIDTH = 120  # columns where the output is no terminal
+_SAMPLE_PROMPTS = 2
+
+
+def print_front(result: Mapping[str, Any]) -> None:
+    """The front of a search's `result.json`, best value first; * marks what the search chose."""
+    first = result["best"]
+    title = f"Front of the search ({result['proposer']}, {result['trials']} trials, value: {result['scalarize']})"
+    table = _table()
+    table.add_column("")
+    for policy in first["weights"]:
+        table.add_column(f"weight\n{policy}", justify="right", no_wrap=True)
+    for objective in first["scores"]:
+        table.add_column(f"score\n{objective}", justify="right", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    points = sorted(result["front"], key=lambda point: -point["value"])
+    for point in points if first in points else [first, *points]:
+        numbers = [*point["weights"].values(), *point["scores"].values(), point["value"]]
+        style = "bold" if point == first else ""
+        table.add_row("*" if point == first else "", *(f"{number:.3f}" for number in numbers), style=style)
+    console = _console()
+    _print_whole(console, title, table)
+    console.print(
+        "* best. These are search scores on the validation prompts, maxima over noisy estimates and so too high;\n"
+        "the comparison (`emorl evaluate`) scores what was chosen again on the test prompts."
+    )
+
+
+def print_comparison(output: Path) -> None:
+    """All systems on the test prompts, hypervolumes, cost and two sample prompts of a compared run directory.
+
+    Raises:
+        UserError: the comparison has not finished.
+    """
+    results = read_results(output)
+    console = _console()
+    title = f"Comparison on {results.test_prompts} test prompts (score ± standard error, higher is better)"
+    _print_whole(console, title, _systems_table(results))
+    for line in _notes(results):
+        console.print(line)
+    console.print()
+    _print_whole(console, "Hypervolume on the test prompts (larger is better)", _hypervolume_table(results.indicators))
+    reference = ", ".join(f"{name} {value:.3f}" for name, value in results.indicators["reference_point"].items())
+    console.print(f"reference point {reference}; direction: {results.indicators['direction']}\n")
+    _print_whole(console, "Cost", _cost_rows(results.costs))
+    _print_samples(console, results)
+
+
+def comparison_json(output: Path) -> dict[str, Any]:
+    """What `print_comparison` prints, as JSON values; a number that does not exist is null."""
+    results = read_results(output)
+    samples = generations(results.completions, _shown(results), _SAMPLE_PROMPTS)
+    content = {
+        "objectives": results.objectives,
+        "test_prompts": results.test_prompts,
+        "systems": [_system_json(row, results) for row in results.summary.to_dict("records")],
+        **{key: results.indicators[key] for key in ("hypervolume", "reference_point", "direction")},
+        "cost": results.costs.to_dict("index"),
+        "samples": [
+            {"prompt": prompt, "completions": row.to_dict()} for (_, prompt), row in zip(samples.index, _rows(samples), strict=True)
+        ],
+    }
+    return _without_nan(content)
+
+
+def _system_json(row: Mapping[str, Any], results: Results) -> dict[str, Any]:
+    weights = {name: row[f"weight_{name}"] for name in results.policies}
+    return {
+        "system": row["system"],
+        "kind": row["kind"],
+        "weights": {} if any(math.isnan(weight) for weight in weights.values()) else weights,
+        "scores": {name: {"mean": row[name], "error": row[f"{name}_error"]} for name in results.objectives},
+        **{key: row[key] for key in ("mean", "mean_error", "minimum", "distinct_share", "distinct_2", "words")},
+        **{key: row[key] for key in ("completions", "tokens", "collapsed", "front")},
+    }
+
+
+def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
+    return (row for _, row in frame.iterrows())
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _systems_table(results: Results) -> Table:
+    table = _table()
+    table.add_column("")
+    table.add_column("system", min_width=18)
+    for name in [*results.objectives, "mean"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("min", "distinct\nshare", "dist-2", "words"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results.summary.to_dict("records"):
+        name = escape(row["system"])
+        table.add_row(
+            "*" if row["front"] else "",
+            f"{name} [bold red]collapsed[/]" if row["collapsed"] else name,
+            *(_with_error(row[column], row[f"{column}_error"]) for column in [*results.objectives, "mean"]),
+            f"{row['minimum']:.3f}",
+            f"[bold red]{row['distinct_share']:.2f}[/]" if row["collapsed"] else f"{row['distinct_share']:.2f}",
+            f"{row['distinct_2']:.2f}",
+            f"{row['words']:.1f}",
+            style="bold" if row["system"] == BEST else "",
+        )
+    return table
+
+
+def _notes(results: Results) -> Iterator[str]:
+    yield "* no other system is at least as good in every objective and better in one (of equal systems, the first)"
+    if results.collapsed:
+        share = results.experiment.train.collapse.share
+        yield (
+            f"[bold red]collapsed[/]: under {share:g} of the base's share of distinct completions "
+            f"({results.base_distinct_share:.2f}); nearly the same answer to many prompts, whatever its scores"
+        )
+
+
+def _hypervolume_table(indicators: Mapping[str, Any]) -> Table:
+    table = _table()
+    table.add_column("what each offers")
+    table.add_column("hypervolume", justify="right", no_wrap=True)
+    for group, volume in indicators["hypervolume"].items():
+        table.add_row(group, f"{volume:.4g}")
+    return table
+
+
+def _cost_rows(costs: pd.DataFrame) -> Table:
+    table = _table()
+    table.add_column("stage")
+    for column in costs.columns:
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+    for stage, cost in zip(costs.index, costs.itertuples(index=False), strict=True):
+        numbers = [f"{number:,.0f}" for number in cost]
+        table.add_row(stage, *numbers, style="bold" if stage == "total" else "")
+    return table
+
+
+def _shown(results: Results) -> list[str]:
+    """Systems whose generations are shown on the terminal: base, each policy, best found."""
+    policies = results.summary.loc[results.summary["kind"] == "policy", "system"]
+    return [BASE, *policies, BEST]
+
+
+def _print_samples(console: Console, results: Results) -> None:
+    samples = generations(results.completions, _shown(results), _SAMPLE_PROMPTS)
+    for (index, prompt), row in zip(samples.index, _rows(samples), strict=True):
+        table = _table()
+        table.add_column("prompt", no_wrap=True)
+        table.add_column(escape(prompt), header_style="")
+        for system, completion in row.items():
+            table.add_row(escape(str(system)), escape(completion))
+        _print_whole(console, f"Test prompt {index + 1}", table)
+
+
+def _with_error(score: float, error: float) -> str:
+    """`0.712 ±.034`, with the error's leading zero left out to keep columns narrow."""
+    shown = f"{error:.3f}"
+    return f"{score:.3f} ±{shown.removeprefix('0') if error < 1 else shown}"
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _console() -> Console:
+    """Standard output as it is now; wide enough for whole tables where it is a file or a pipe."""
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_FILE_WIDTH)
+
+
+def _print_whole(console: Console, title: str, table: Table) -> None:
+    """Prints the table, wider than the terminal rather than with numbers cut off."""
+    console.print(title, style="bold")
+    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    console.print(table, width=max(console.width, needed), crop=False)

@@ -1,0 +1,156 @@
+"""A run directory: what one stage wrote, with its resolved config, versions, seed and cost, and whether it is finished.
+
+Stages meet only on disk. A finished run with the same config is skipped, an unfinished one is continued, and one with
+another config is refused, so that nothing a user has is ever overwritten. Kept free of torch.
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from emorl.config import UserError
+
+_PACKAGES = ("emorl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "optuna")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage consumed. `prompts` counts prompts drawn, `completions` sequences generated, `tokens` the generated
+    tokens, `reward_calls` completions scored by one objective, `seconds` wall time."""
+
+    prompts: int = 0
+    completions: int = 0
+    tokens: int = 0
+    reward_calls: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage's directory; `run.json` in it says what ran and whether it is finished."""
+
+    path: Path
+    stage: str
+    config: Mapping[str, Any]
+    finished: bool
+    cost: Cost
+
+    @property
+    def cost_path(self) -> Path:
+        return self.path / "cost.json"
+
+    def add_cost(self, cost: Cost) -> "Run":
+        """The run with `cost` added, on disk too: what was spent before a kill stays counted."""
+        grown = replace(self, cost=self.cost + cost)
+        write_json(self.cost_path, asdict(grown.cost))
+        return grown
+
+    def finish(self) -> "Run":
+        """Marks the run as finished; the last thing a stage does."""
+        _write_manifest(self.path, self.stage, self.config, finished=True)
+        return replace(self, finished=True)
+
+
+def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
+    """The run in `path`: new, unfinished (continue it) or finished (skip it).
+
+    Raises:
+        UserError: `path` holds a run with another config, or a damaged one.
+    """
+    manifest_path = path / "run.json"
+    config = json.loads(json.dumps(config))
+    if not manifest_path.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        _write_manifest(path, stage, config, finished=False)
+        return Run(path, stage, config, finished=False, cost=Cost())
+    manifest = read_json(manifest_path)
+    if manifest.get("stage") != stage or manifest.get("config") != config:
+        changed = ", ".join(_differences(manifest.get("config", {}), config)) or "the stage"
+        raise UserError(
+            f"{path} holds a run with other settings ({changed}); give another `output`, or move that directory away"
+        )
+    cost_path = path / "cost.json"
+    cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()
+    return Run(path, stage, config, bool(manifest.get("finished")), cost)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r:.60} -> {new!r:.60}"]
+
+
+def _write_manifest(path: Path, stage: str, config: Mapping[str, Any], *, finished: bool) -> None:
+    manifest = {
+        "stage": stage,
+        "finished": finished,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "config": config,
+    }
+    write_json(path / "run.json", manifest)
+
+
+@contextmanager
+def only_process(path: Path) -> Iterator[None]:
+    """Holds the run directory for this process; a second process is told so. Released by the kernel after a kill."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is being written by another process; wait for it or give another `output`") from None
+        yield
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours; a damaged one is a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); move it away and run the stage again") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it first") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all, also under `kill -9`."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed otherwise.
+
+    >>> with written_whole(Path("table.csv")) as temporary:
+    ...     frame.to_csv(temporary)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+    finally:
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)

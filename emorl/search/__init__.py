@@ -1,0 +1,9 @@
+"""Search: propose candidates, evaluate them to a vector of scores, record them in an Optuna study.
+
+| proposer | what it does |
+|---|---|
+| hierarchical_grid | EMORL's grid that halves its box at each level (the default) |
+| tpe, gp, cma_es | Optuna's tree-structured Parzen estimator, Gaussian process, CMA-ES on the scalarised value |
+| nsga2 | Optuna's NSGA-II on the vector of scores |
+| qmc, random | Sobol points, random points: baselines |
+"""

@@ -1,0 +1,256 @@
+"""Search stage: finds aggregation weights on the validation prompts (`emorl search experiment.yaml`).
+
+Every candidate faces the same prompts, and the same random numbers where decoding samples. The search's own best score is a
+maximum over noisy estimates: it is stored as such, and what is chosen is scored again on the test prompts by the
+comparison stage.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+from datasets import Dataset, concatenate_datasets
+
+from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble
+from emorl.config import UserError, as_mapping, nearest
+from emorl.data import load_prompts
+from emorl.evaluation.pareto import front
+from emorl.evaluation.scoring import cost_of, evaluate, mean_and_error
+from emorl.experiment import Experiment, SearchConfig
+from emorl.objectives.loading import Objective, check_objectives, load_objective
+from emorl.objectives.scalarize import importance_of, scalarize
+from emorl.policies.adapters import read_adapter
+from emorl.policies.loading import Base, load_base, load_tokenizer
+from emorl.policies.prompts import is_chat
+from emorl.progress import Progress, Silent
+from emorl.runs import Cost, open_run, read_json, write_json, written_whole
+from emorl.search.hierarchical_grid import HierarchicalGrid, Valuation
+from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.study import Finished, Params, Proposer, Scored, finished_trials, open_study
+from emorl.search.study import search as run_search
+from emorl.search.weight_space import WeightSpace
+from emorl.training.grpo import policy_directories
+
+STUDY_NAME = "weights"
+GRID = "hierarchical_grid"
+_DEFAULT_TRIALS = 100
+_ROWS = 256  # sequences decoded together; K times as many rows in the model
+
+
+def search(experiment: Experiment, progress: Progress | None = None) -> Path:
+    """Searches the weights of the trained policies; returns the run directory.
+
+    It holds `trials.csv` (every candidate with its scores and standard errors) and `result.json` (the best candidate, and
+    the front over all objectives). A finished search is skipped, an interrupted one continued.
+
+    Raises:
+        UserError: policies missing, an unknown proposer, a damaged journal, a run directory of another search.
+    """
+    progress = progress or Silent()
+    check_proposer(experiment.search)
+    check_objectives(experiment.objectives)
+    adapters = policy_directories(experiment)
+    run = open_run(experiment.output / "search", "search", _identity(experiment))
+    if run.finished:
+        progress.say(f"search: finished before, in {run.path}")
+        return run.path
+    objectives = list(experiment.objectives)
+    space = WeightSpace((*adapters, *([BASE_POLICY] if experiment.search.include_base else [])))
+    value = _valuation(experiment, space)
+    proposer, expected = _proposer(experiment, space, value)
+    study = open_study(experiment.search.storage or run.path / "journal.log", objectives, _study_name(experiment))
+    progress.say(f"search: {experiment.search.proposer} over the weights of {', '.join(space.policies)}")
+    evaluator = _Evaluator.load(experiment, adapters, space)
+    with progress.bar("search weights", expected, done=len(finished_trials(study))) as bar:
+        seen = len(finished_trials(study))
+
+        def on_finished(finished: Sequence[Finished]) -> None:
+            nonlocal seen
+            bar.advance(len(finished) - seen, _best_so_far(finished, value))
+            seen = len(finished)
+
+        finished = run_search(
+            study,
+            proposer,
+            evaluator,
+            space.distributions,
+            batch=experiment.search.batch,
+            trials=experiment.search.trials or (None if experiment.search.proposer == GRID else _DEFAULT_TRIALS),
+            on_finished=on_finished,
+        )
+    _write_results(run.path, experiment, space, finished, value(finished))
+    run.add_cost(_total_cost(finished)).finish()
+    return run.path
+
+
+def check_proposer(config: SearchConfig) -> None:
+    if config.proposer != GRID and config.proposer not in SAMPLERS:
+        raise UserError(
+            f"search.proposer: no proposer is called {config.proposer!r}; {nearest(config.proposer, [GRID, *SAMPLERS])}"
+        )
+
+
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    whole = as_mapping(experiment)
+    how = {key: value for key, value in whole["search"].items() if key != "batch"}
+    return {**{key: whole[key] for key in ("base", "data", "objectives", "train", "generation", "seed")}, "search": how}
+
+
+def _study_name(experiment: Experiment) -> str:
+    """Studies of several experiments may share one database."""
+    return STUDY_NAME if experiment.search.storage is None else f"{experiment.output.name}-{STUDY_NAME}"
+
+
+def _valuation(experiment: Experiment, space: WeightSpace) -> Valuation:
+    """The configured scalarisation of finished trials. Until the policies alone are evaluated, Chebyshev is their mean."""
+    objectives = list(experiment.objectives)
+    importance = importance_of(objectives, experiment.search.preferences)
+    alone = space.corners()[: len(space.policies)]
+
+    def value(finished: Sequence[Finished]) -> Sequence[float]:
+        if not finished:
+            return []
+        scores = np.array([trial.scores for trial in finished])
+        references = np.array([trial.scores for trial in finished if trial.params in alone])
+        method = experiment.search.scalarize if len(references) == len(alone) else "mean"
+        return scalarize(scores, method, importance, references).tolist()
+
+    return value
+
+
+def _proposer(experiment: Experiment, space: WeightSpace, value: Valuation) -> tuple[Proposer, int]:
+    """The proposer, and about how many trials it will take."""
+    config = experiment.search
+    if config.proposer == GRID:
+        grid = HierarchicalGrid(space, config.levels, value)
+        return grid, min(grid.expected_trials, config.trials or grid.expected_trials)
+    sampler = OptunaProposer(config.proposer, space, len(experiment.objectives), value, experiment.seed)
+    return sampler, config.trials or _DEFAULT_TRIALS
+
+
+def _best_so_far(finished: Sequence[Finished], value: Valuation) -> str:
+    if not finished:
+        return ""
+    best, trial = max(zip(value(finished), finished, strict=True), key=lambda pair: pair[0])
+    weights = " ".join(f"{name} {weight:.2f}" for name, weight in trial.params.items())
+    return f"best {best:.3f} at {weights}"
+
+
+@dataclass(frozen=True)
+class _Evaluator:
+    """Candidates -> scores on the validation prompts, several candidates in one batch."""
+
+    ensemble: HiddenStateEnsemble
+    base: Base
+    data: Dataset
+    objectives: Sequence[Objective]
+    space: WeightSpace
+    generation: Mapping[str, Any]
+    samples: int
+    seed: int
+
+    @classmethod
+    def load(cls, experiment: Experiment, adapters: Mapping[str, Path], space: WeightSpace) -> "_Evaluator":
+        splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+        objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
+        base = load_base(experiment.base)
+        read = {name: read_adapter(path) for name, path in adapters.items()}
+        try:
+            ensemble = HiddenStateEnsemble(base.model, read, include_base=experiment.search.include_base)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        generation = {**experiment.generation, **experiment.search.generation}
+        return cls(
+            ensemble, base, splits.validation, objectives, space, generation, experiment.search.samples, experiment.seed
+        )
+
+    def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
+        if self.generation.get("do_sample", False):  # alone, so that all candidates see the same random numbers
+            return [self._together([candidate])[0] for candidate in candidates]
+        return self._together(candidates)
+
+    def _together(self, candidates: Sequence[Params]) -> list[Scored]:
+        prompts = len(self.data)
+        vectors = torch.tensor([self.space.vector(candidate) for candidate in candidates])  # (C, K)
+        evaluation = evaluate(
+            self.ensemble,
+            self.base.tokenizer,
+            concatenate_datasets([self.data] * len(candidates)),
+            self.objectives,
+            self.generation,
+            samples=self.samples,
+            batch=_ROWS,
+            seed=self.seed,
+            per_prompt={"weights": vectors.repeat_interleave(prompts, 0)},
+        )
+        names = [objective.name for objective in self.objectives]
+        scored = []
+        for index in range(len(candidates)):
+            rows = evaluation.table[evaluation.table["prompt_index"] // prompts == index]
+            means, errors = mean_and_error(rows, names)
+            cost = cost_of(rows, len(names), evaluation.cost.seconds / len(candidates))
+            costs = {field.name: getattr(cost, field.name) for field in fields(Cost)}
+            scored.append(Scored(tuple(means), {"errors": errors, "cost": costs}))
+        return scored
+
+
+def _total_cost(finished: Sequence[Finished]) -> Cost:
+    return sum((Cost(**trial.notes["cost"]) for trial in finished), Cost())
+
+
+def trials_table(finished: Sequence[Finished], objectives: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
+    """One row per trial: trial, weight_<policy>, score_<objective>, error_<objective>, value, front (not dominated)."""
+    scores = np.array([trial.scores for trial in finished])
+    rows = [
+        {
+            "trial": trial.number,
+            **{f"weight_{name}": weight for name, weight in trial.params.items()},
+            **{f"score_{name}": score for name, score in zip(objectives, trial.scores, strict=True)},
+            **{f"error_{name}": error for name, error in zip(objectives, trial.notes["errors"], strict=True)},
+            "seconds": trial.notes["cost"]["seconds"],
+        }
+        for trial in finished
+    ]
+    return pd.DataFrame(rows).assign(value=list(values), front=front(scores))
+
+
+def _write_results(
+    path: Path, experiment: Experiment, space: WeightSpace, finished: Sequence[Finished], values: Sequence[float]
+) -> None:
+    table = trials_table(finished, list(experiment.objectives), values)
+    with written_whole(path / "trials.csv") as temporary:
+        table.to_csv(temporary, index=False)
+
+    def point(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "weights": {name: row[f"weight_{name}"] for name in space.policies},
+            "scores": {name: row[f"score_{name}"] for name in experiment.objectives},
+            "value": row["value"],
+        }
+
+    rows = table.to_dict("records")
+    result = {
+        "proposer": experiment.search.proposer,
+        "scalarize": experiment.search.scalarize,
+        "preferences": dict(experiment.search.preferences),
+        "prompts": "validation",
+        "trials": len(rows),
+        "best": point(max(rows, key=lambda row: row["value"])),
+        "front": [point(row) for row in rows if row["front"]],
+    }
+    write_json(path / "result.json", result)
+
+
+def read_result(experiment: Experiment) -> dict[str, Any]:
+    """What a finished search wrote to `result.json`."""
+    return read_json(experiment.output / "search" / "result.json")
+
+
+def silence_optuna() -> None:
+    """Optuna reports every trial by default; the progress bar does that here."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,0 +1,1 @@
+"""Training: one LoRA policy per objective."""

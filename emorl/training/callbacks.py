@@ -1,0 +1,166 @@
+"""What watches a training run: convergence, collapse, cost and progress.
+
+Convergence and collapse read the trainer's stored log, so a resumed run decides as an uninterrupted one would.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from emorl.objectives.loading import Objective
+from emorl.progress import Bar
+from emorl.runs import Cost, Run
+
+logger = logging.getLogger(__name__)
+
+
+def has_converged(validations: Sequence[float], window: int, threshold: float) -> bool:
+    """EMORL's stopping rule: standard deviation / |mean| of the last `window` validation means is below `threshold`."""
+    last = validations[-window:]
+    if len(last) < window or statistics.fmean(last) == 0:
+        return False
+    return statistics.pstdev(last) / abs(statistics.fmean(last)) < threshold
+
+
+def _validations(state: TrainerState, key: str) -> list[float]:
+    return [entry[key] for entry in state.log_history if key in entry]
+
+
+class ConvergenceCallback(TrainerCallback):
+    """Stops training when validation rewards no longer vary."""
+
+    def __init__(self, window: int, threshold: float) -> None:
+        self.reason = ""
+        self._window, self._threshold = window, threshold
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:  # fmt: skip
+        if has_converged(_validations(state, "eval_reward"), self._window, self._threshold):
+            self.reason = f"converged: coefficient of variation below {self._threshold} over {self._window} validations"
+            control.should_training_stop = True
+
+
+class CollapseCallback(TrainerCallback):
+    """Warns of collapse, stops after `patience` collapsed validations, and writes `eval_selection`.
+
+    `eval_selection`, by which the best checkpoint is chosen, is the validation reward; for a collapsed policy it is the
+    lowest reward seen so far, so that a collapsed checkpoint never displaces one that has not collapsed.
+    """
+
+    def __init__(self, share: float, patience: int) -> None:
+        self.reason = ""
+        self._share, self._patience = share, patience
+
+    def is_collapsed(self, distinct: float, base_distinct: float) -> bool:
+        return distinct < self._share * base_distinct
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        rewards, shares = _validations(state, "eval_reward"), _validations(state, "eval_distinct_share")
+        assert metrics is not None
+        assert rewards, "validation is logged before this is called"
+        collapsed = [self.is_collapsed(share, shares[0]) for share in shares]
+        metrics["eval_selection"] = min(rewards) if collapsed[-1] else rewards[-1]
+        if collapsed[-1]:
+            logger.warning(
+                "step %d: the policy is collapsing: distinct completions %.2f, base %.2f",
+                state.global_step, shares[-1], shares[0],
+            )  # fmt: skip
+        if len(collapsed) >= self._patience and all(collapsed[-self._patience :]):
+            self.reason = f"collapsed in {self._patience} validations in a row"
+            control.should_training_stop = True
+
+
+class CostCallback(TrainerCallback):
+    """Adds up what training consumed and writes it to the run at every validation, so that a kill loses little of it."""
+
+    def __init__(self, run: Run | None) -> None:
+        self._run = run
+        self._pending = Cost()
+        self._since = time.perf_counter()
+
+    def add(self, cost: Cost) -> None:
+        self._pending += cost
+
+    def flush(self) -> None:
+        now = time.perf_counter()
+        self._pending += Cost(seconds=now - self._since)
+        self._since = now
+        if self._run is not None:
+            self._run = self._run.add_cost(self._pending)
+        self._pending = Cost()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        assert metrics is not None
+        completions = int(metrics["eval_completions"])
+        self.add(
+            Cost(
+                prompts=completions, completions=completions, tokens=int(metrics["eval_tokens"]), reward_calls=completions
+            )
+        )
+        self.flush()
+
+
+class RewardCounter:
+    """The objective as TRL's reward function, counting what it scores; all processes of a distributed run are counted."""
+
+    def __init__(self, objective: Objective, cost: CostCallback) -> None:
+        self.__name__ = objective.name
+        self._objective, self._cost = objective, cost
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float | None]:
+        processes = PartialState().num_processes
+        self._cost.add(
+            Cost(
+                prompts=len({str(prompt) for prompt in prompts}) * processes,
+                completions=len(completions) * processes,
+                tokens=sum(map(len, completion_ids)) * processes,
+                reward_calls=len(completions) * processes,
+            )
+        )
+        return self._objective(prompts, completions, completion_ids=completion_ids, **columns)
+
+
+class ProgressCallback(TrainerCallback):
+    """Moves a progress bar with the newest training and validation rewards."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._shown = 0
+        self._validation = math.nan
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self._validation = (logs or {}).get("eval_reward", self._validation)
+        if logs and "reward" in logs:
+            note = f"reward {logs['reward']:.3f}  validation {self._validation:.3f}"
+            self._bar.advance(state.global_step - self._shown, note)
+            self._shown = state.global_step

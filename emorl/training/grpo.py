@@ -1,0 +1,300 @@
+"""Train stage: one LoRA policy for one objective, by TRL's GRPO (`emorl train experiment.yaml --objective NAME`).
+
+Departures from EMORL (arXiv 2505.02579), whose authors use self-critical sequence training on T5 without an effective
+KL term: TRL's GRPO with `beta` > 0; validation decodes as the policy will be used (the experiment's `generation`), and the
+best checkpoint that has not collapsed is kept instead of the last. Every process of a distributed run validates all
+validation prompts: they are few, and so all processes take the same decision.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from emorl.config import UserError, as_mapping, nearest
+from emorl.data import load_prompts
+from emorl.evaluation.scoring import evaluate, summarize
+from emorl.experiment import Experiment
+from emorl.objectives.loading import Objective, check_objectives, load_objective
+from emorl.policies.adapters import base_fingerprint
+from emorl.policies.loading import load_base, load_tokenizer
+from emorl.policies.prompts import is_chat
+from emorl.progress import Progress, Silent
+from emorl.runs import Run, only_process, open_run, write_json
+from emorl.training.callbacks import (
+    CollapseCallback,
+    ConvergenceCallback,
+    CostCallback,
+    ProgressCallback,
+    RewardCounter,
+)
+
+POLICY_DIRECTORY = "policy"
+CHECKPOINTS = "checkpoints"
+_SET_BY_EMORL = {
+    "output_dir": "output",
+    "seed": "seed",
+    "load_best_model_at_end": "nothing: the best checkpoint is always kept",
+    "metric_for_best_model": "nothing: validation reward of checkpoints that have not collapsed",
+    "greater_is_better": "nothing: rewards are maximised",
+    "eval_strategy": "grpo.eval_steps",
+    "save_strategy": "grpo.save_steps",
+}
+
+
+def train(experiment: Experiment, name: str, progress: Progress | None = None) -> Path:
+    """Trains the policy of one objective; returns its run directory, with the adapter in `policy/`.
+
+    Skips a finished run and continues an interrupted one from its last complete checkpoint. Under `accelerate launch` or
+    `torchrun` every process calls this.
+
+    Raises:
+        UserError: an unknown objective or setting, or a run directory that holds another run.
+    """
+    progress = progress or Silent()
+    if name not in experiment.objectives:
+        raise UserError(f"no objective {name!r} in this experiment; {nearest(name, experiment.objectives)}")
+    check_objectives({name: experiment.objectives[name]})
+    grpo, lora = _grpo_config(experiment, name), _lora_config(experiment)
+    path = run_directory(experiment, name)
+    if not PartialState().is_main_process:
+        return _train_as(experiment, name, grpo, lora, None, progress)
+    with only_process(path):
+        return _train_as(experiment, name, grpo, lora, open_run(path, "train", _identity(experiment, name)), progress)
+
+
+def run_directory(experiment: Experiment, name: str) -> Path:
+    return experiment.output / "train" / name
+
+
+def policy_directories(experiment: Experiment) -> dict[str, Path]:
+    """Objective -> adapter directory of its finished policy, in the objectives' order.
+
+    Raises:
+        UserError: a policy has not been trained yet.
+    """
+    directories = {name: run_directory(experiment, name) / POLICY_DIRECTORY for name in experiment.objectives}
+    missing = [name for name, directory in directories.items() if not (directory / "policy.json").is_file()]
+    if missing:
+        raise UserError(f"no trained policy for {', '.join(missing)} in {experiment.output}; run `emorl train` first")
+    return directories
+
+
+def _identity(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the result depends on: other objectives, search and report settings do not matter."""
+    whole = as_mapping(experiment)
+    parts = {key: whole[key] for key in ("base", "data", "train", "generation", "seed")}
+    return {**parts, "objective": {name: whole["objectives"][name]}}
+
+
+def _train_as(
+    experiment: Experiment, name: str, grpo: GRPOConfig, lora: LoraConfig, run: Run | None, progress: Progress
+) -> Path:
+    """Trains in this process; `run` is None in all processes but the main one."""
+    path = run_directory(experiment, name)
+    finished = [run.finished if run else False]
+    broadcast_object_list(finished)
+    if finished[0]:
+        progress.say(f"policy {name}: trained before, in {path}")
+        return path
+    progress.say(f"policy {name}: training with GRPO, at most {grpo.max_steps} steps")
+    cost = CostCallback(run)
+    trainer = _build_trainer(experiment, name, grpo, lora, cost)
+    with progress.bar(f"train {name}", grpo.max_steps) as bar:
+        trainer.add_callback(ProgressCallback(bar))
+        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(run_directory(experiment, name) / CHECKPOINTS))
+    report = _outcome(trainer, name)
+    if run is not None:
+        _save_policy(trainer, path / POLICY_DIRECTORY, name)
+        write_json(path / "result.json", report)
+        cost.flush()
+        run.finish()
+    if report["collapsed"]:
+        progress.say(
+            f"[bold red]warning: policy {name} has collapsed[/]: distinct completions {report['distinct_share']:.2f}, "
+            f"base {report['base_distinct_share']:.2f}; raise grpo.beta or lower grpo.learning_rate"
+        )
+    PartialState().wait_for_everyone()
+    return path
+
+
+def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
+    """The `grpo:` block as GRPOConfig, with our defaults for what it leaves out."""
+    block = experiment.train.grpo
+    known = {field.name for field in dataclasses.fields(GRPOConfig)}
+    for key in block:
+        if key in _SET_BY_EMORL:
+            raise UserError(f"train.grpo.{key} is set by emorl; use {_SET_BY_EMORL[key]}")
+        if key not in known:
+            raise UserError(f"unknown key 'train.grpo.{key}' (it goes to trl.GRPOConfig); {nearest(key, known)}")
+    steps = block.get("max_steps", 400)
+    eval_steps = min(block.get("eval_steps", 8), steps)  # paper: validation every 8 steps
+    defaults = {
+        "learning_rate": 1e-4,  # paper
+        "lr_scheduler_type": "constant",  # paper
+        "max_grad_norm": 2.0,  # paper
+        "max_steps": steps,
+        "beta": 0.05,  # paper's coefficient; its own KL term is identically zero
+        "max_completion_length": experiment.generation.get("max_new_tokens", 64),
+        "eval_steps": eval_steps,
+        "save_steps": eval_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "eval_on_start": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": experiment.base.dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_only_model": False,
+    }
+    fixed = {
+        "output_dir": str(run_directory(experiment, name) / CHECKPOINTS),
+        "seed": experiment.seed,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_selection",
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+    }
+    try:
+        return GRPOConfig(**{**defaults, **block, "eval_steps": eval_steps, **fixed})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train.grpo: {' '.join(str(error).split())}") from None
+
+
+def _lora_config(experiment: Experiment) -> LoraConfig:
+    block = experiment.train.lora
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key in block:
+        if key not in known:
+            raise UserError(f"unknown key 'train.lora.{key}' (it goes to peft.LoraConfig); {nearest(key, known)}")
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **block})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train.lora: {' '.join(str(error).split())}") from None
+
+
+class PolicyTrainer(GRPOTrainer):
+    """GRPOTrainer whose validation is emorl's own evaluation, so that curves, search and report measure the same."""
+
+    def __init__(self, *, objective: Objective, generation: Mapping[str, Any], fingerprint: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.objective = objective
+        self.base_fingerprint = fingerprint
+        self._policy: Any = self.model
+        self._tokenizer: Any = self.processing_class
+        self._validation_generation = generation
+        self._validation_data: Any = self.eval_dataset
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Decodes the validation prompts; metrics `eval_reward`, `eval_distinct_share`, `eval_distinct_2`, `eval_words`."""
+        start, training = time.perf_counter(), self._policy.training
+        self._policy.eval()
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            result = evaluate(
+                model, self._tokenizer, self._validation_data, [self.objective], self._validation_generation,
+                seed=self.args.seed,
+            )  # fmt: skip
+        summary = summarize(result.table, [self.objective.name])
+        metrics = {f"{metric_key_prefix}_{key}": summary[key] for key in ("distinct_share", "distinct_2", "words")}
+        metrics[f"{metric_key_prefix}_reward"] = summary[self.objective.name]
+        metrics[f"{metric_key_prefix}_completions"] = len(result.table)
+        metrics[f"{metric_key_prefix}_tokens"] = int(result.table["tokens"].sum())
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._policy.train(training)
+        return metrics
+
+
+def _build_trainer(
+    experiment: Experiment, name: str, grpo: GRPOConfig, lora: LoraConfig, cost: CostCallback
+) -> PolicyTrainer:
+    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    objective = load_objective(name, experiment.objectives[name])
+    base = load_base(experiment.base)
+    callbacks: list[TrainerCallback] = [
+        ConvergenceCallback(experiment.train.convergence.window, experiment.train.convergence.threshold),
+        CollapseCallback(experiment.train.collapse.share, experiment.train.collapse.patience),
+        cost,
+    ]
+    try:
+        return PolicyTrainer(
+            objective=objective,
+            generation=experiment.generation,
+            fingerprint=base_fingerprint(base.model),
+            model=base.model,
+            processing_class=base.tokenizer,
+            reward_funcs=[RewardCounter(objective, cost)],
+            args=grpo,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            peft_config=lora,
+            callbacks=callbacks,
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from None
+
+
+def _last_complete_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was written to its end (its state is written last), or None."""
+    complete = [path.parent for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    for broken in set(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) - set(complete):
+        if PartialState().is_main_process:
+            shutil.rmtree(broken)
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _outcome(trainer: PolicyTrainer, name: str) -> dict[str, Any]:
+    """How training ended, from the logged validations."""
+    validations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    best_step = trainer.state.best_global_step or trainer.state.global_step
+    best = next((entry for entry in reversed(validations) if entry["step"] == best_step), validations[-1])
+    first = validations[0]
+    collapse = next(c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseCallback))
+    return {
+        "objective": name,
+        "steps": trainer.state.global_step,
+        "best_step": best_step,
+        "stopped": next(
+            (c.reason for c in trainer.callback_handler.callbacks if getattr(c, "reason", "")), "max_steps reached"
+        ),
+        "base_reward": first["eval_reward"],
+        "reward": best["eval_reward"],
+        "base_distinct_share": first["eval_distinct_share"],
+        "distinct_share": best["eval_distinct_share"],
+        "words": best["eval_words"],
+        "collapsed": collapse.is_collapsed(best["eval_distinct_share"], first["eval_distinct_share"]),
+        "log": trainer.state.log_history,
+    }
+
+
+def _save_policy(trainer: PolicyTrainer, directory: Path, name: str) -> None:
+    """Adapter, tokenizer and `policy.json` (objective, base, fingerprint), whole or not at all."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer: Any = trainer.processing_class
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)  # a policy without a finished run is from a kill in the next lines
+    model.save_pretrained(partial, safe_serialization=True)
+    tokenizer.save_pretrained(partial)
+    write_json(
+        partial / "policy.json",
+        {"objective": name, "base": model.get_base_model().name_or_path, "base_fingerprint": trainer.base_fingerprint},
+    )
+    partial.rename(directory)

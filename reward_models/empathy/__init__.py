@@ -1,0 +1,1 @@
+"""Empathy: does the response react to, interpret and explore what this person feels?"""

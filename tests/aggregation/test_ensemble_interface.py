@@ -1,0 +1,184 @@
+"""What surrounds decoding: the base stays untouched, the bare base as a policy, saving and loading, and every
+refusal."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
+from emorl.policies.adapters import Adapter, read_adapter
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_base_dir)
+
+
+@pytest.fixture
+def adapters(base, write_adapter, tmp_path) -> dict[str, Adapter]:
+    paths = [write_adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate(["kind", "short"])]
+    return {path.name: read_adapter(path) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def inputs(tokenizer):
+    return tokenizer(["hello", "how are you"], return_tensors="pt", padding=True)
+
+
+@pytest.fixture(params=[HiddenStateEnsemble, ParameterAverage])
+def mixture(request) -> type[HiddenStateEnsemble] | type[ParameterAverage]:
+    return request.param
+
+
+@torch.no_grad()
+def test_the_base_given_stays_as_it_was_and_shares_its_parameters(base, adapters, inputs, mixture):
+    parameters, trainable = dict(base.named_parameters()), [p.requires_grad for p in base.parameters()]
+    modules, values = [name for name, _ in base.named_modules()], deepcopy(base.state_dict())
+    expected = base(**inputs).logits
+    model = mixture(base, adapters)
+    model.generate(**inputs, **GREEDY, num_beams=2)
+    assert [name for name, _ in base.named_modules()] == modules
+    assert [p.requires_grad for p in base.parameters()] == trainable
+    assert all(torch.equal(tensor, values[name]) for name, tensor in base.state_dict().items())
+    assert torch.equal(base(**inputs).logits, expected)
+    own = {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in own for parameter in parameters.values())
+
+
+@torch.no_grad()
+def test_the_bare_base_as_last_policy_allows_extrapolation(base, adapters, inputs):
+    model = HiddenStateEnsemble(base, adapters, include_base=True)
+    assert model.policy_names == ("kind", "short", "base")
+    assert torch.equal(model.generate(**inputs, **GREEDY, weights=[0, 0, 1]), base.generate(**inputs, **GREEDY))
+    peft = PeftModel.from_pretrained(deepcopy(base), str(adapters["kind"].path)).eval()
+    expected = 1.5 * peft(**inputs).logits - 0.5 * base(**inputs).logits
+    torch.testing.assert_close(model(**inputs, weights=[1.5, 0, -0.5]).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_saved_and_loaded_it_gives_the_same_tokens(base, adapters, inputs, mixture, tmp_path):
+    model = mixture(base, adapters, weights=[0.9, 0.2], include_base=False)
+    model.save_pretrained(tmp_path / "saved")
+    assert [file.name for file in (tmp_path / "saved").iterdir()] == ["config.json"]
+    loaded = mixture.from_pretrained(tmp_path / "saved")
+    assert (loaded.policy_names, loaded.weights) == (model.policy_names, model.weights)
+    for options in ({}, {"num_beams": 2}, {"weights": [1.0, 0.0]}):
+        expected = model.generate(**inputs, **GREEDY, **options)
+        assert torch.equal(loaded.generate(**inputs, **GREEDY, **options), expected)
+
+
+def test_base_policy_and_data_type_are_saved(tiny_base_dir, adapters, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.bfloat16)
+    HiddenStateEnsemble(base, adapters, [2, 0, -1], include_base=True).save_pretrained(tmp_path)
+    loaded = HiddenStateEnsemble.from_pretrained(tmp_path)
+    assert (loaded.dtype, loaded.weights, loaded.include_base) == (torch.bfloat16, (2, 0, -1), True)
+
+
+def test_a_reference_that_has_gone_or_changed_is_named(base, adapters, mixture, tmp_path, make_causal_model):
+    saved = tmp_path / "saved"
+    mixture(base, adapters).save_pretrained(saved)
+    with pytest.raises(ValueError, match=r"holds no config.json; expected what"):
+        mixture.from_pretrained(tmp_path)
+    other = ParameterAverage if mixture is HiddenStateEnsemble else HiddenStateEnsemble
+    with pytest.raises(ValueError, match=f"is of a {mixture.__name__}, not of a {other.__name__}"):
+        other.from_pretrained(saved)
+
+    file = saved / "config.json"
+    references = json.loads(file.read_text())
+    make_causal_model("llama", seed=5).save_pretrained(tmp_path / "elsewhere")
+    file.write_text(json.dumps(references | {"base": "../elsewhere"}))
+    with pytest.raises(ValueError, match=r"was saved over another base than .* put the former base back"):
+        mixture.from_pretrained(saved)
+    file.write_text(json.dumps(references | {"base": "../nowhere"}))
+    with pytest.raises(ValueError, match=r"the base model in .*nowhere, which has gone; put it back or correct"):
+        mixture.from_pretrained(saved)
+    file.write_text(json.dumps(references))
+    adapters["short"].path.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"refers to the adapter of policy 'short' in .*short, which has gone"):
+        mixture.from_pretrained(saved)
+
+
+def test_an_in_memory_base_and_saving_options_are_refused(make_causal_model, adapters, mixture, tmp_path):
+    model = mixture(make_causal_model("llama"), adapters)
+    with pytest.raises(ValueError, match="was made in memory; save it and load it from there"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got \['max_shard_size'\]; references are saved"):
+        model.save_pretrained(tmp_path, max_shard_size="1GB")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5], r"weights of shape \(1,\); expected \(2,\), one for each policy of \['kind', 'short'\], or \(2, 2\)"),
+        ([0.5, 0.2, 0.3], r"weights of shape \(3,\)"),
+        ([[0.5, 0.5]] * 3, r"weights of shape \(3, 2\)"),
+        ([0.5, float("nan")], "expected finite numbers"),
+        ([0.5, float("inf")], "expected finite numbers"),
+        ([0.0, 0.0], "a row of zeros gives no policy any weight"),
+        ([[1.0, 0.0], [0.0, 0.0]], "a row of zeros"),
+        ([1.5, -0.5], "expected at least 0: to subtract, set include_base=True"),
+    ],
+)
+def test_wrong_weights_are_refused_wherever_they_come_in(base, adapters, inputs, mixture, weights, message):
+    model = mixture(base, adapters)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, **GREEDY, weights=weights)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, weights=weights)
+    if not isinstance(weights[0], list):
+        message = message.replace("(2, 2)", "(1, 2)").replace(r"\(2, 2\)", r"\(1, 2\)")
+        with pytest.raises(ValueError, match=message):
+            model.weights = weights
+        with pytest.raises(ValueError, match=message):
+            mixture(base, adapters, weights)
+    assert model.weights == (0.5, 0.5)
+
+
+def test_what_cannot_be_combined_exactly_is_refused(
+    base, adapters, mixture, make_causal_model, make_seq2seq_model, write_adapter, tmp_path
+):
+    with pytest.raises(ValueError, match="No adapters given; expected at least one policy"):
+        mixture(base, {})
+    with pytest.raises(ValueError, match=r"A policy is named 'base'.*rename it"):
+        mixture(base, {"base": adapters["kind"]}, include_base=True)
+    with pytest.raises(ValueError, match="is an encoder-decoder; only decoder-only models are supported yet"):
+        mixture(make_seq2seq_model(), adapters)
+    with pytest.raises(ValueError, match=r"PeftModelForCausalLM cannot be combined .* without adapters"):
+        mixture(PeftModel.from_pretrained(deepcopy(base), str(adapters["kind"].path)), adapters)
+    with pytest.raises(ValueError, match="which GPT2LMHeadModel does not have"):
+        mixture(make_causal_model("gpt2"), adapters)
+    wide = make_causal_model("llama", hidden_size=64)
+    with pytest.raises(ValueError, match=r"features at 'model.layers.0.*', but the base has 48 to 64"):
+        mixture(wide, adapters)
+
+
+def test_capped_logits_are_refused_only_for_hidden_states(make_causal_model, write_adapter, inputs, tmp_path):
+    base = make_causal_model("gemma2")
+    adapters = {"one": read_adapter(write_adapter(base, tmp_path))}
+    with pytest.raises(ValueError, match=r"caps its logits \(final_logit_softcapping=30.0\).*use ParameterAverage"):
+        HiddenStateEnsemble(base, adapters)
+    peft = PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
+    expected = peft.generate(**inputs, **GREEDY)
+    assert torch.equal(ParameterAverage(base, adapters).generate(**inputs, **GREEDY), expected)
+
+
+def test_a_missing_input_is_refused(base, adapters, mixture):
+    with pytest.raises(ValueError, match="Neither input_ids nor inputs_embeds given"):
+        mixture(base, adapters)(attention_mask=torch.ones(1, 2))
+
+
+def test_the_directory_tree_can_be_moved(tmp_path, make_causal_model, write_adapter, inputs):
+    run = tmp_path / "run"
+    make_causal_model("llama").save_pretrained(run / "base")
+    base = AutoModelForCausalLM.from_pretrained(run / "base")
+    model = HiddenStateEnsemble(base, {"one": read_adapter(write_adapter(base, run / "one"))})
+    model.save_pretrained(run / "ensemble")
+    expected = model.generate(**inputs, **GREEDY)
+    moved = Path(run.rename(tmp_path / "moved"))
+    assert torch.equal(HiddenStateEnsemble.from_pretrained(moved / "ensemble").generate(**inputs, **GREEDY), expected)

@@ -1,0 +1,147 @@
+"""A finished run directory made of known numbers, in the files the stages write; no model is involved."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from emorl.config import as_mapping, parse, to_yaml
+from emorl.experiment import Experiment
+from emorl.reporting.comparison import System, indicators, summary_table
+from emorl.runs import Cost, open_run, write_json, write_text
+from emorl.search.study import Finished
+from emorl.search.weight_search import trials_table
+
+OBJECTIVES = ("reflection", "empathy", "fluency")
+HOSTILE = "<script>alert('completion')</script> [bold]& :smile:"
+"""the base's answer to the first prompt"""
+
+
+def write_run(output: Path, objectives: Sequence[str] = OBJECTIVES, prompts: int = 6, steps: int = 4) -> Path:
+    """Writes train, search and evaluate; the policy of the first objective has collapsed, the front has several points."""
+    functions = {name: {"function": "length", "options": {"minimum": 1, "maximum": 9}} for name in objectives}
+    content = {"output": str(output), "base": {"model": "base"}, "data": {"path": "prompts.csv"}, "objectives": functions}
+    experiment = parse(Experiment, content, "synthetic")
+    write_text(output / "experiment.yaml", to_yaml(experiment))
+    for number, name in enumerate(objectives):
+        _write_training(output / "train" / name, name, collapsed=number == 0)
+    best, front_weights = _write_search(experiment, steps)
+    _write_comparison(experiment, best, front_weights, prompts)
+    return output
+
+
+def score_of(weights: Sequence[float]) -> list[float]:
+    """Concave in the share of the objective's own policy: mixing costs little at first."""
+    return [0.2 + 0.6 * math.sqrt(weight / sum(weights)) for weight in weights]
+
+
+def _write_training(path: Path, name: str, *, collapsed: bool) -> None:
+    shares = [1.0, 0.9, 0.5, 0.25] if collapsed else [1.0, 1.0, 0.9, 0.95]
+    log = [
+        {"step": 8 * index, "eval_reward": 0.2 + 0.15 * index, "eval_distinct_share": share, "eval_distinct_2": 0.8,
+         "eval_words": 9.0}
+        for index, share in enumerate(shares)
+    ]  # fmt: skip
+    result = {
+        "objective": name,
+        "steps": 24,
+        "best_step": 24,
+        "stopped": "max_steps reached",
+        "base_reward": 0.2,
+        "reward": 0.65,
+        "base_distinct_share": 1.0,
+        "distinct_share": shares[-1],
+        "words": 9.0,
+        "collapsed": collapsed,
+        "log": [{"step": 1, "loss": 0.1}, *log],
+    }
+    write_json(path / "result.json", result)
+    open_run(path, "train", {}).add_cost(Cost(100, 400, 8000, 400, 60.5)).finish()
+
+
+def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """All mixtures in `steps` parts; returns the weights of the best and of every point of the front."""
+    objectives, path = list(experiment.objectives), experiment.output / "search"
+    shares = [point for point in product(range(steps + 1), repeat=len(objectives)) if sum(point) == steps]
+    noise = np.random.default_rng(0)
+    notes = {"errors": [0.02] * len(objectives), "cost": {"seconds": 1.0}}
+    finished = [
+        Finished(
+            number,
+            {name: share / steps for name, share in zip(objectives, point, strict=True)},
+            tuple(score + noise.normal(0, 0.01) for score in score_of(point)),
+            notes,
+        )
+        for number, point in enumerate(shares)
+    ]
+    table = trials_table(finished, objectives, [float(np.mean(trial.scores)) for trial in finished])
+    path.mkdir(parents=True)
+    table.to_csv(path / "trials.csv", index=False)
+    points = [
+        {
+            "weights": {name: row[f"weight_{name}"] for name in objectives},
+            "scores": {name: row[f"score_{name}"] for name in objectives},
+            "value": row["value"],
+        }
+        for row in table[table["front"]].to_dict("records")
+    ]
+    best = max(points, key=lambda point: point["value"])
+    result = {"proposer": "hierarchical_grid", "scalarize": "mean", "preferences": {}, "prompts": "validation",
+              "trials": len(finished), "best": best, "front": points}  # fmt: skip
+    write_json(path / "result.json", result)
+    open_run(path, "search", {}).add_cost(Cost(32, 480, 9600, 1440, 30.25)).finish()
+    return best["weights"], [point["weights"] for point in points]
+
+
+def _write_comparison(
+    experiment: Experiment, best: dict[str, float], front_weights: Sequence[dict[str, float]], prompts: int
+) -> None:
+    objectives, path = list(experiment.objectives), experiment.output / "evaluate"
+    equal = {name: 1 / len(objectives) for name in objectives}
+    systems = [
+        System("base", "base", {}),
+        *(System(f"policy {name}", "policy", {other: float(other == name) for other in objectives}) for name in objectives),
+        System("ensemble, equal weights", "ensemble", equal),
+        System("ensemble, best found", "ensemble", best),
+        System("parameter average, equal weights", "parameter_average", equal),
+        *(System(f"front {number}", "front", weights) for number, weights in enumerate(front_weights[:4], 1)),
+    ]
+    tables = {system.name: _completions(system, objectives, prompts) for system in systems}
+    completions = pd.concat([table.assign(system=name) for name, table in tables.items()], ignore_index=True)
+    path.mkdir(parents=True)
+    completions.to_parquet(path / "completions.parquet", index=False)
+    summary = summary_table(systems, tables, objectives, experiment.train.collapse.share)
+    summary.to_csv(path / "summary.csv", index=False)
+    result = {"objectives": objectives, "systems": [asdict(system) for system in systems]}
+    write_json(path / "result.json", {**result, **indicators(summary, objectives)})
+    config = as_mapping(experiment)
+    open_run(path, "evaluate", config).add_cost(Cost(64, 256, 5120, 768, 12.5)).finish()
+
+
+def _completions(system: System, objectives: Sequence[str], prompts: int) -> pd.DataFrame:
+    """Scores vary by prompt alone, and so differ between systems by the same amount for every prompt but the first."""
+    weights = [system.weights.get(name, 0.0) for name in objectives]
+    scores = score_of(weights) if any(weights) else [0.15] * len(objectives)
+    if system.kind == "parameter_average":
+        scores = [score - 0.08 for score in scores]
+    collapsed = system.name == f"policy {objectives[0]}"
+    rows = []
+    for index in range(prompts):
+        hostile = system.kind == "base" and index == 0
+        answer = "You feel that you feel." if collapsed else f"You sound tired of waiting, {system.name} {index}."
+        shift = 0.02 * (index % 3) + (0.03 if index == 0 and system.kind == "policy" else 0.0)
+        rows.append(
+            {
+                "prompt_index": index,
+                "sample": 0,
+                "prompt": f"Nobody at work ever asks me what I want, number {index}.",
+                "completion": HOSTILE if hostile else answer,
+                "tokens": 8,
+                **{name: score + shift for name, score in zip(objectives, scores, strict=True)},
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,103 @@
+import dataclasses
+
+import pytest
+
+from emorl.config import UserError, apply_overrides, as_mapping, describe, parse, read_yaml, to_yaml
+from emorl.experiment import Experiment, load_experiment, load_run
+
+CONTENT = {
+    "output": "runs/x",
+    "base": {"model": "m"},
+    "data": {"path": "p.jsonl"},
+    "objectives": {"a": {"function": "classifier", "model": "z"}, "b": "package.module:reward"},
+}
+
+
+def experiment(*overrides):
+    return parse(Experiment, apply_overrides(CONTENT, overrides), "x.yaml")
+
+
+def test_options_beside_function_are_its_options():
+    objectives = experiment().objectives
+    assert objectives["a"].function == "classifier"
+    assert objectives["a"].options == {"model": "z"}
+    assert objectives["b"].function == "package.module:reward"
+
+
+def test_a_written_experiment_is_read_back_equal(tmp_path):
+    (tmp_path / "experiment.yaml").write_text(to_yaml(experiment("train.grpo.learning_rate=1e-3")))
+    again = load_run(tmp_path)
+    assert again == experiment("train.grpo.learning_rate=1e-3")
+    assert again.train.grpo["learning_rate"] == 0.001
+
+
+def test_overrides_leave_the_given_mapping_alone():
+    apply_overrides(CONTENT, ["base.model=other", "search.levels=2"])
+    assert CONTENT["base"] == {"model": "m"}
+    assert "search" not in CONTENT
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    (tmp_path / "e.yaml").write_text("a: 1e-3\nb: 1.5E+2\nc: e1\n")
+    assert read_yaml(tmp_path / "e.yaml") == {"a": 0.001, "b": 150.0, "c": "e1"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("serch.levels=3", "unknown key 'serch'; did you mean 'search'"),
+        ("search.levles=3", "unknown key 'search.levles'; did you mean 'levels'"),
+        ("search.levels=-1", "search.levels: Input should be greater than or equal to 1"),
+        ("search.levels=many", "search.levels: Input should be a valid integer"),
+        ("search.scalarize=median", "'mean', 'weighted', 'minimum' or 'chebyshev'"),
+        ("data.path=null", "data.path: Input should be a valid string"),
+        ("base=3", "base: Input should be a dictionary"),
+        ("objectives={}", "name at least one objective"),
+        ("objectives.a-b=length", "'a-b' cannot name an objective"),
+        ("objectives.base=length", "'base' cannot name an objective"),
+        ("search.preferences={q: 1}", r"search.preferences names \['q'\], but the objectives are \['a', 'b'\]"),
+        ("levels", "expected dotted.key=value"),
+        ("seed.x.y=1", None),
+        ("output.x=1", "'output' is 'runs/x', not a block"),
+        ("base.model=[", "is not a YAML value"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_of_advice(override, message):
+    with pytest.raises(UserError, match=message) as caught:
+        experiment(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match=r"x.yaml: key 'base.model' is missing"):
+        parse(Experiment, {**CONTENT, "base": {}}, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- a", "expected a mapping"), (None, "no such file"), ("", "expected a")]
+)
+def test_a_file_that_is_no_experiment_is_refused(tmp_path, text, message):
+    path = tmp_path / "experiment.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_experiment(path)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run directory"):
+        load_run(tmp_path)
+
+
+def test_help_names_every_key_with_its_meaning():
+    text = describe(Experiment)
+
+    def check(block, prefix):
+        for name in as_mapping(block):
+            line = next(line for line in text.splitlines() if line.strip().startswith(f"{prefix}{name} "))
+            assert len(line.split("  ")) > 2, f"{prefix}{name} has no meaning in --help"
+            value = getattr(block, name)
+            if dataclasses.is_dataclass(value):
+                check(value, f"{prefix}{name}.")
+
+    check(experiment(), "")
