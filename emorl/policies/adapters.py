@@ -191,8 +191,8 @@ def _refuse_other_than_plain_lora(config: Mapping[str, Any], path: Path) -> None
     if initialisation not in _BASE_PRESERVING_INITIALISATIONS:
         raise ValueError(
             f"The adapter in {path} was initialised with {initialisation!r}, which changes the base model, so "
-            "it does not fit the shared base; train with init_lora_weights=True, or convert it to plain LoRA with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=…)."
+            "it does not fit the shared base; train with init_lora_weights=True, or convert it to plain LoRA with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
 
 

@@ -46,7 +46,7 @@ FLUENCY_MIX = {"plain": 12.0, "restating": 1.0, "complex": 1.0, "kind": 1.0, "wa
 class BuildConfig:
     """Sizes; the defaults take about a minute and a half on two cores."""
 
-    vocabulary: int = 1024
+    vocabulary: int = 1280
     hidden: int = 128
     layers: int = 2
     batch: int = 64

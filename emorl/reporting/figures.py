@@ -14,11 +14,19 @@ from emorl.evaluation.pareto import front
 
 ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#8A8A8A"
 _KINDS = {  # kind -> marker, colour, name in the legend
+    "front": ("circle", GREEN, "front, re-scored"),
     "base": ("x", GREY, "base"),
     "policy": ("square", ORANGE, "policies alone"),
-    "ensemble": ("star", VERMILION, "ensembles"),
     "parameter_average": ("triangle-up", PURPLE, "parameter average"),
-    "front": ("circle", GREEN, "front, re-scored"),
+    "ensemble": ("star", VERMILION, "ensembles"),
+}
+_LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
+    "front": "top right",
+    "base": "bottom center",
+    "policy": "top center",
+    "parameter_average": "bottom center",
+    "ensemble": "middle left",
+    "ensemble, best found": "top right",
 }
 _VALUES = "Viridis"
 _GRID = "rgba(128,128,128,0.25)"
@@ -42,15 +50,16 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
             error_y={"array": systems[f"{y}_error"], "thickness": 1, "width": 3},
             mode="markers+text",
             text=[_label(system, kind) for system in systems["system"]],
-            textposition="top center",
-            marker={"symbol": symbol, "color": colour, "size": 9 if kind == "front" else 12, "line": {"width": 1}},
+            textposition=[_LABEL_POSITIONS.get(system, _LABEL_POSITIONS[kind]) for system in systems["system"]],
+            marker={"symbol": symbol, "color": colour, "size": 8 if kind == "front" else 12, "line": {"width": 1}},
+            cliponaxis=False,
             customdata=systems["system"],
             hovertemplate=f"%{{customdata}}<br>{x} %{{x:.3f}}<br>{y} %{{y:.3f}}<extra>test prompts</extra>",
             name=name,
         )
     figure.update_xaxes(title=f"{x} (higher is better)")
     figure.update_yaxes(title=f"{y} (higher is better)")
-    return _styled(figure, f"What {y} costs in {x}, and who offers it", height=520)
+    return _styled(figure, f"What more {y} costs in {x}", height=520)
 
 
 def _label(system: str, kind: str) -> str:
@@ -108,17 +117,20 @@ def ternary_figure(trials: pd.DataFrame, policies: Sequence[str], column: str, t
         },
         text=[f"{score:.3f}<br>{weights}" for score, weights in zip(trials[column], _weight_texts(trials), strict=True)],
         hoverinfo="text",
+        cliponaxis=False,
         name=column,
     )
     ring = {"symbol": "circle-open", "size": 20, "color": VERMILION, "line": {"width": 3}}
-    mark = go.Scatterternary(a=best[a], b=best[b], c=best[c], mode="markers", marker=ring, hoverinfo="skip", name="best")
+    mark = go.Scatterternary(
+        a=best[a], b=best[b], c=best[c], mode="markers", marker=ring, cliponaxis=False, hoverinfo="skip", name="best"
+    )
     figure = go.Figure([points, mark])
     axes = {
         f"{key}axis": {"title": {"text": name}, "gridcolor": _GRID, "linecolor": GREY, "nticks": 5, "showticklabels": False}
         for key, name in zip("abc", policies, strict=True)
     }
     figure.update_layout(ternary={"sum": 1, "bgcolor": "rgba(0,0,0,0)", **axes}, showlegend=False)
-    return _styled(figure, title, height=380)
+    return _styled(figure, title, height=400).update_layout(margin={"t": 76})
 
 
 def search_trace(trials: pd.DataFrame) -> go.Figure:
@@ -166,7 +178,7 @@ def training_figure(validations: pd.DataFrame, policy: str, kept_step: int, coll
     figure.add_hline(y=threshold, line={"dash": "dot", "color": VERMILION, "width": 1.5}, row=2, col=1)
     figure.add_vline(x=kept_step, line={"dash": "dash", "color": GREY, "width": 1})
     figure.update_yaxes(range=[0, 1.05], row=2, col=1)
-    figure.update_xaxes(title="step (dashed: kept checkpoint; dotted: collapse)", row=2, col=1)
+    figure.update_xaxes(title="step", row=2, col=1)
     figure.update_layout(showlegend=False)
     return _styled(figure, f"Policy {policy}: validation while training", height=380)
 

@@ -25,6 +25,8 @@ from emorl.runs import write_text
 _TEMPLATE = "report.html"
 _PROMPTS = 12
 _TERNARY_POLICIES = 3
+_ROUNDING = 1e-9  # differences below come from floating point
+_IN_WORDS = {"ensemble, equal weights": "equal weights", "parameter average, equal weights": "parameter averaging"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Rival:
     error: float
     difference: float
     difference_error: float
+    collapsed: bool
 
     @property
     def verdict(self) -> str:
         """`better`, `worse` (by more than two standard errors of the paired difference), `same` or `undecided`."""
-        if self.difference == 0 and self.difference_error == 0:
+        if max(abs(self.difference), self.difference_error) < _ROUNDING:
             return "same"
         if abs(self.difference) <= 2 * self.difference_error or math.isnan(self.difference_error):
             return "undecided"
@@ -67,14 +70,14 @@ def _content(results: Results) -> dict[str, Any]:
     return {
         "results": results,
         "plotly": Markup(get_plotlyjs()),
-        "headline": headline(found[: len(results.objectives)]),
+        "headline": headline(found[:-1]),
         "rivals": found,
         "best": next(row for row in systems if row["system"] == BEST),
         "search_mean": sum(results.search["best"]["scores"].values()) / len(results.objectives),
         "systems": systems,
         "weighted": [row for row in systems if row["kind"] in ("ensemble", "front")],
         "search_front": sorted(results.search["front"], key=lambda point: -point["value"]),
-        "generation_systems": (shown := _compared(results)),
+        "generation_systems": (shown := [BASE, BEST, *(name for name in _compared(results) if name not in (BASE, BEST))]),
         "generations": _generation_rows(results, shown),
         "costs": results.costs.reset_index().to_dict("records"),
         "config": to_yaml(results.experiment),
@@ -92,13 +95,14 @@ def rivals(results: Results) -> list[Rival]:
             rows[name]["mean"],
             rows[name]["mean_error"],
             *paired_difference(results.completions, BEST, name, results.objectives),
+            rows[name]["collapsed"],
         )
         for name in [*names, BASE]
     ]
 
 
-def headline(policies: Sequence[Rival]) -> str:
-    """One sentence: how the best found ensemble does against each policy alone."""
+def headline(against: Sequence[Rival]) -> str:
+    """One sentence: how the best found ensemble's mean score compares."""
     phrases = {
         "better": "scores higher than {}",
         "worse": "scores lower than {}",
@@ -107,10 +111,10 @@ def headline(policies: Sequence[Rival]) -> str:
     }
     parts = []
     for verdict, phrase in phrases.items():
-        names = [rival.name for rival in policies if rival.verdict == verdict]
+        names = [_IN_WORDS.get(rival.name, rival.name) for rival in against if rival.verdict == verdict]
         if names:
             parts.append(phrase.format(_listed(names)))
-    return f"The best ensemble found {_listed(parts)}."
+    return f"On average over the objectives the best ensemble found {', and '.join(parts)}."
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -139,7 +143,8 @@ def _figures(results: Results) -> dict[str, Any]:
     share = results.experiment.train.collapse.share
     ternary = []
     if len(results.policies) == _TERNARY_POLICIES:
-        columns = {**{f"score_{name}": f"{name} over the weights" for name in objectives}, "value": "The searched value over the weights"}
+        columns = {f"score_{name}": f"{name} over the weights" for name in objectives}
+        columns["value"] = "What was searched for"
         ternary = [figures.ternary_figure(trials, results.policies, column, title) for column, title in columns.items()]
     return {
         "fronts": [_embedded(figures.front_figure(trials, summary, x, y)) for x, y in combinations(objectives, 2)],
@@ -157,6 +162,4 @@ def _embedded(figure: go.Figure) -> Markup:
     """The figure as a piece of HTML that uses the page's one copy of plotly."""
     config: Mapping[str, Any] = {"responsive": True, "displaylogo": False, "displayModeBar": False}
     height = f"{figure.layout.height}px"
-    return Markup(
-        plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config=config, default_height=height)
-    )
+    return Markup(plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config=config, default_height=height))

@@ -66,8 +66,8 @@ def read_results(output: Path) -> Results:
     """
     experiment = load_run(output)
     manifest_path = output / "evaluate" / "run.json"
-    manifest = read_json(manifest_path) if manifest_path.exists() else {"finished": False}
-    if not manifest["finished"]:
+    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    if not manifest.get("finished"):
         stage = "evaluate" if (output / "search" / "result.json").exists() else "run"
         raise UserError(f"{output} has no finished comparison; run `emorl {stage} {output / 'experiment.yaml'}` first")
     return Results(

@@ -56,10 +56,9 @@ def print_comparison(output: Path) -> None:
     _print_whole(console, title, _systems_table(results))
     for line in _notes(results):
         console.print(line)
-    console.print()
     _print_whole(console, "Hypervolume on the test prompts (larger is better)", _hypervolume_table(results.indicators))
     reference = ", ".join(f"{name} {value:.3f}" for name, value in results.indicators["reference_point"].items())
-    console.print(f"reference point {reference}; direction: {results.indicators['direction']}\n")
+    console.print(f"reference point {reference}; direction: {results.indicators['direction']}")
     _print_whole(console, "Cost", _cost_rows(results.costs))
     _print_samples(console, results)
 
@@ -75,7 +74,8 @@ def comparison_json(output: Path) -> dict[str, Any]:
         **{key: results.indicators[key] for key in ("hypervolume", "reference_point", "direction")},
         "cost": results.costs.to_dict("index"),
         "samples": [
-            {"prompt": prompt, "completions": row.to_dict()} for (_, prompt), row in zip(samples.index, _rows(samples), strict=True)
+            {"prompt": prompt, "completions": row.to_dict()}
+            for (_, prompt), row in zip(samples.index, _rows(samples), strict=True)
         ],
     }
     return _without_nan(content)
@@ -118,7 +118,7 @@ def _systems_table(results: Results) -> Table:
         table.add_row(
             "*" if row["front"] else "",
             f"{name} [bold red]collapsed[/]" if row["collapsed"] else name,
-            *(_with_error(row[column], row[f"{column}_error"]) for column in [*results.objectives, "mean"]),
+            *(f"{row[column]:.3f}±{row[f'{column}_error']:.3f}" for column in [*results.objectives, "mean"]),
             f"{row['minimum']:.3f}",
             f"[bold red]{row['distinct_share']:.2f}[/]" if row["collapsed"] else f"{row['distinct_share']:.2f}",
             f"{row['distinct_2']:.2f}",
@@ -151,7 +151,7 @@ def _cost_rows(costs: pd.DataFrame) -> Table:
     table = _table()
     table.add_column("stage")
     for column in costs.columns:
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
     for stage, cost in zip(costs.index, costs.itertuples(index=False), strict=True):
         numbers = [f"{number:,.0f}" for number in cost]
         table.add_row(stage, *numbers, style="bold" if stage == "total" else "")
@@ -175,14 +175,9 @@ def _print_samples(console: Console, results: Results) -> None:
         _print_whole(console, f"Test prompt {index + 1}", table)
 
 
-def _with_error(score: float, error: float) -> str:
-    """`0.712 ±.034`, with the error's leading zero left out to keep columns narrow."""
-    shown = f"{error:.3f}"
-    return f"{score:.3f} ±{shown.removeprefix('0') if error < 1 else shown}"
-
-
 def _table() -> Table:
-    return Table(box=SIMPLE_HEAD, pad_edge=False)
+    """Number columns hold no blanks and are `no_wrap`: rich then never breaks or cuts them, see `_print_whole`."""
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
 def _console() -> Console:
@@ -193,6 +188,7 @@ def _console() -> Console:
 
 def _print_whole(console: Console, title: str, table: Table) -> None:
     """Prints the table, wider than the terminal rather than with numbers cut off."""
+    console.print()
     console.print(title, style="bold")
     needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
     console.print(table, width=max(console.width, needed), crop=False)

@@ -6,7 +6,7 @@ state, and its CMA-ES would unpickle one.) With several workers the order of res
 as they are. TPE, GP, CMA-ES and random see the scalarised value, NSGA-II the vector of scores; QMC sees none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -54,26 +54,32 @@ class OptunaProposer:
         if missing:
             return list(missing)
         self._replay(finished)
-        asked = self._ask({tuple(self._space.vector(trial.params)) for trial in finished})
+        asked = self._ask(dict(zip(map(self._key, finished), self._values(finished), strict=True)))
         return None if asked is None else [asked]
+
+    def _key(self, trial: Finished) -> tuple[float, ...]:
+        return tuple(self._space.vector(trial.params))
+
+    def _values(self, finished: Sequence[Finished]) -> list[list[float]]:
+        """What the sampler is told of each trial."""
+        return [list(trial.scores) for trial in finished] if self._vector else [[v] for v in self._value(finished)]
 
     def _replay(self, finished: Sequence[Finished]) -> None:
         """Tells the private study what it does not know yet, in order."""
-        values = [trial.scores for trial in finished] if self._vector else [[v] for v in self._value(finished)]
-        corners = self._space.corners()
-        known: set[tuple[float, ...]] = {tuple(self._space.vector(trial.params)) for trial in finished[: self._told]}
+        values, corners = self._values(finished), self._space.corners()
+        known = dict(zip(map(self._key, finished[: self._told]), values, strict=False))
         for trial, value in zip(finished[self._told :], values[self._told :], strict=True):
             asked = None if trial.params in corners else self._ask(known)
             if asked == trial.params and self._asked is not None:
-                self._shadow.tell(self._asked[0], list(value))
+                self._shadow.tell(self._asked[0], value)
                 self._asked = None
             else:
-                self._add(trial, list(value))
-            known.add(tuple(self._space.vector(trial.params)))
+                self._add(trial, value)
+            known[self._key(trial)] = value
         self._told = len(finished)
 
-    def _ask(self, known: set[tuple[float, ...]]) -> Params | None:
-        """The sampler's pending proposal, or its next one that is a new direction."""
+    def _ask(self, known: Mapping[tuple[float, ...], list[float]]) -> Params | None:
+        """The sampler's pending proposal, or its next one that is a new direction; of known ones it is told the value."""
         for _ in range(_MOST_ASKS):
             if self._asked is None:
                 trial = self._shadow.ask(dict[str, Any](self._space.distributions))
@@ -83,9 +89,10 @@ class OptunaProposer:
                     continue
                 self._asked = (trial, candidate)
             trial, candidate = self._asked
-            if tuple(self._space.vector(candidate)) not in known:
+            value = known.get(tuple(self._space.vector(candidate)))
+            if value is None:
                 return candidate
-            self._shadow.tell(trial, state=TrialState.FAIL)
+            self._shadow.tell(trial, value)
             self._asked = None
         return None
 

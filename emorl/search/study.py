@@ -4,6 +4,7 @@ The study is the only memory. Candidates wait in its own queue; a worker claims 
 of scores. A proposer is a function of the finished trials, so what was killed is proposed, or claimed, again.
 """
 
+import fcntl
 import logging
 import os
 import socket
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import optuna
 import psutil
@@ -100,15 +101,35 @@ def _create(storage: BaseStorage, objectives: Sequence[str], name: str) -> optun
 def _journal(path: Path) -> BaseStorage:
     """Optuna's journal storage on `path`; a line cut short by a kill is moved aside, any other damage is refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock: Any = _KernelLock(path.with_name(f"{path.name}.lock"))
     if path.exists():
+        lock.acquire()  # nobody is in the middle of writing a line
         _set_torn_line_aside(path)
+        lock.release()
     try:
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged and cannot be read as an Optuna journal ({type(error).__name__}: {error}); restore it from "
             "a copy, or move it away to start the search again"
         ) from None
+
+
+class _KernelLock:
+    """Optuna's journal lock as one that the kernel releases when its holder is killed; Optuna's own then waits 30 s."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        assert self._file is not None
+        self._file.close()
 
 
 def _set_torn_line_aside(path: Path) -> None:

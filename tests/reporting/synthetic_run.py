@@ -108,7 +108,10 @@ def _write_comparison(
         System("ensemble, equal weights", "ensemble", equal),
         System("ensemble, best found", "ensemble", best),
         System("parameter average, equal weights", "parameter_average", equal),
-        *(System(f"front {number}", "front", weights) for number, weights in enumerate(front_weights[:4], 1)),
+        *(
+            System(f"front {number}", "front", weights)
+            for number, weights in enumerate(front_weights[:: max(1, len(front_weights) // 6)], 1)
+        ),
     ]
     tables = {system.name: _completions(system, objectives, prompts) for system in systems}
     completions = pd.concat([table.assign(system=name) for name, table in tables.items()], ignore_index=True)
@@ -133,7 +136,7 @@ def _completions(system: System, objectives: Sequence[str], prompts: int) -> pd.
     for index in range(prompts):
         hostile = system.kind == "base" and index == 0
         answer = "You feel that you feel." if collapsed else f"You sound tired of waiting, {system.name} {index}."
-        shift = 0.02 * (index % 3) + (0.03 if index == 0 and system.kind == "policy" else 0.0)
+        shift = 0.1 * (index % 3) + (0.03 if index == 0 and system.kind == "policy" else 0.0)
         rows.append(
             {
                 "prompt_index": index,

@@ -1,0 +1,160 @@
+"""The report is one file that loads nothing, runs nothing a model wrote, and states the figures of the run."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from emorl.config import UserError
+from emorl.reporting.report import Rival, headline, rivals, write_report
+from emorl.reporting.results import read_results
+from tests.reporting.synthetic_run import OBJECTIVES
+
+
+class _Page(HTMLParser):
+    """Tags with their attributes, and the cells' text of each table with an id."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.tables, self._table, self._open = [], {}, None, False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self._table = self.tables.setdefault(dict(attrs).get("id"), [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+            self._open = True
+
+    def handle_endtag(self, tag):
+        self._open = self._open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._open:
+            self._table[-1][-1] += data.replace("\xa0", " ")
+
+
+@pytest.fixture(scope="module")
+def html(finished_run):
+    path = write_report(finished_run)
+    assert path == finished_run / "report" / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return _Page(html)
+
+
+def test_loads_nothing_from_anywhere(page):
+    loaders = ("src", "href", "srcset", "data", "action")
+    assert [(tag, attrs) for tag, attrs in page.tags if any(name in attrs for name in loaders)] == []
+    assert "link" not in {tag for tag, _ in page.tags}
+    (policy,) = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+
+
+def test_holds_plotly_once_and_one_figure_per_pair_corner_map_and_policy(html, page):
+    assert len(re.findall(r"plotly\.js v\d", html)) == 1
+    drawn = [attrs for tag, attrs in page.tags if tag == "div" and "plotly-graph-div" in attrs.get("class", "")]
+    assert len(drawn) == 3 + 4 + 2 + 3  # pairs, ternary maps, hypervolume and trace, policies
+
+
+def test_two_objectives_have_one_pair_and_no_ternary_map(run_of_two):
+    tags = _Page(write_report(run_of_two).read_text(encoding="utf-8")).tags
+    drawn = [attrs for tag, attrs in tags if tag == "div" and "plotly-graph-div" in attrs.get("class", "")]
+    assert len(drawn) == 1 + 0 + 2 + 2
+
+
+def test_escapes_what_a_model_wrote(html, page):
+    assert "<script>alert(" not in html
+    assert "&lt;script&gt;alert(&#39;completion&#39;)&lt;/script&gt; [bold]&amp; :smile:" in html
+    assert "<script>alert('completion')</script> [bold]& :smile:" in page.tables["generations"][1][1]
+
+
+def test_comparison_holds_the_numbers_of_the_summary(page, finished_run):
+    rows = page.tables["comparison"][1:]
+    summary = pd.read_csv(finished_run / "evaluate" / "summary.csv").to_dict("records")
+    assert len(rows) == len(summary)
+    for cells, row in zip(rows, summary, strict=True):
+        assert cells[0] == row["system"] + " *" * row["front"] + " collapsed" * row["collapsed"]
+        assert cells[1:5] == [f"{row[name]:.3f} ± {row[f'{name}_error']:.3f}" for name in [*OBJECTIVES, "mean"]]
+        assert cells[5:] == [
+            f"{row['minimum']:.3f}", f"{row['distinct_share']:.2f}", f"{row['distinct_2']:.2f}", f"{row['words']:.1f}"
+        ]  # fmt: skip
+
+
+def test_generations_have_a_row_per_prompt_and_a_column_per_system(page):
+    table = page.tables["generations"]
+    assert len(table) == 1 + 6
+    assert table[0][:3] == ["prompt", "base", "ensemble, best found"]
+    assert len(table[0]) == 1 + 7
+    assert all("reflection " in cell and "fluency " in cell for cell in table[1][1:])
+
+
+def test_warns_of_collapse_before_anything_else(html):
+    assert html.index('class="warning"') < html.index("best found against")
+    assert "policy reflection: 0.17 of its answers to test prompts are distinct, base 1.00" in html
+
+
+def test_cost_ends_with_the_total(page):
+    assert page.tables["cost"][-1] == ["total", "396", "1,936", "38,720", "3,408", "224"]
+
+
+def test_reference_point_direction_settings_and_versions_are_stated(html):
+    assert "direction: maximise; reference point" in html
+    assert "proposer: hierarchical_grid" in html
+    assert re.search(r"torch \d", html)
+
+
+def test_rivals_compare_by_prompt(finished_run):
+    found = {rival.name: rival for rival in rivals(read_results(finished_run))}
+    assert found["parameter average, equal weights"].verdict == "better"
+    assert found["base"].difference > 0.3
+    assert list(found)[-1] == "base"
+    assert found["policy reflection"].collapsed
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "verdict"),
+    [
+        (0.1, 0.04, "better"),
+        (-0.1, 0.04, "worse"),
+        (0.1, 0.06, "undecided"),
+        (0.0, 0.0, "same"),
+        (0.1, float("nan"), "undecided"),
+    ],
+)
+def test_a_difference_counts_beyond_two_standard_errors(difference, error, verdict):
+    assert Rival("x", 0.5, 0.01, difference, error, collapsed=False).verdict == verdict
+
+
+def test_headline_says_in_words_what_was_found():
+    found = [
+        Rival("policy a", 0.4, 0.01, 0.1, 0.01, collapsed=False),
+        Rival("policy b", 0.4, 0.01, 0.1, 0.01, collapsed=False),
+        Rival("ensemble, equal weights", 0.5, 0.01, 0.001, 0.01, collapsed=False),
+    ]
+    assert headline(found) == (
+        "On average over the objectives the best ensemble found scores higher than policy a and policy b, "
+        "and cannot be told apart from equal weights."
+    )
+
+
+def test_a_run_without_comparison_is_refused_and_nothing_written(finished_run, tmp_path):
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report", "evaluate"))
+    with pytest.raises(UserError, match="run `emorl evaluate"):
+        write_report(copy)
+    assert not (copy / "report").exists()
+
+
+def test_writing_again_gives_the_same_report(finished_run, html):
+    again = write_report(finished_run).read_text(encoding="utf-8")
+    identifiers = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}")
+    assert identifiers.sub("", again) == identifiers.sub("", html)

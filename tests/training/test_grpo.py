@@ -1,0 +1,162 @@
+"""The train stage on a random tiny policy, through TRL's real GRPOTrainer."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from emorl.config import UserError, to_yaml
+from emorl.experiment import BaseConfig, CollapseConfig, ConvergenceConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.policies.adapters import read_adapter
+from emorl.training.grpo import policy_directories, train
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def e_share(prompts, completions, **columns):
+    """Share of the letter e: a policy without any idea of language can learn it."""
+    return [text.count("e") / max(1, len(text)) for text in (completion[0]["content"] for completion in completions)]
+
+
+def broken(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+@pytest.fixture
+def experiment(tmp_path, tiny_base_dir):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {word} {i}"}) + "\n" for i in range(12) for word in ("yes", "no")))
+
+    def make(steps=4, output="run", **grpo):
+        settings = {"max_steps": steps, "per_device_train_batch_size": 16, "num_generations": 8, "eval_steps": 2}
+        return Experiment(
+            output=tmp_path / output,
+            base=BaseConfig(model=str(tiny_base_dir)),
+            data=DataConfig(path=str(data), validation=4, test=4),
+            objectives={
+                "letters": ObjectiveConfig(function=f"{__name__}:e_share"),
+                "short": ObjectiveConfig(function="length", options={"minimum": 0, "maximum": 1}),
+            },
+            generation={"max_new_tokens": 8, "do_sample": False},
+            train=TrainConfig(
+                lora={"r": 4, "lora_alpha": 16, "target_modules": "all-linear"},
+                grpo={**settings, **grpo},
+                convergence=ConvergenceConfig(threshold=0.0),
+                collapse=CollapseConfig(share=0.0),
+            ),
+        )
+
+    return make
+
+
+def adapter(path):
+    return load_file(path / "policy" / "adapter_model.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_it_learns_and_leaves_an_ordinary_adapter(experiment):
+    path = train(experiment(steps=24, eval_steps=4, learning_rate=2e-2, beta=0.0), "letters")
+    result = json.loads((path / "result.json").read_text())
+    assert result["reward"] > result["base_reward"] + 0.2
+    assert result["best_step"] in range(4, 25, 4)
+    read = read_adapter(path / "policy")
+    assert read.base_fingerprint
+    cost = json.loads((path / "cost.json").read_text())
+    validations = 1 + 24 // 4
+    assert cost["completions"] == cost["reward_calls"] == 24 * 16 + validations * 4
+    assert cost["prompts"] == 24 * 2 + validations * 4
+    assert cost["tokens"] > 0
+
+
+def test_the_same_seed_gives_the_same_policy_and_a_finished_run_is_skipped(experiment):
+    one, other = train(experiment(output="a"), "letters"), train(experiment(output="b"), "letters")
+    assert equal(adapter(one), adapter(other))
+    written = (one / "policy" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert train(experiment(output="a"), "letters") == one
+    assert (one / "policy" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_objective_added_later_trains_alone(experiment):
+    first = train(experiment(steps=2), "short")
+    written = (first / "run.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="no trained policy for letters"):
+        policy_directories(experiment(steps=2))
+    train(experiment(steps=2), "letters")
+    assert (first / "run.json").stat().st_mtime_ns == written
+    assert list(policy_directories(experiment(steps=2))) == ["letters", "short"]
+
+
+def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experiment, tmp_path):
+    whole = train(experiment(steps=8, output="whole"), "letters")
+    killed = experiment(steps=8, output="killed")
+    code = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        from pathlib import Path
+        from emorl.experiment import load_run
+        from emorl.training.grpo import train
+        import torch; torch.set_num_threads(1)
+        train(load_run(Path({str(tmp_path / "killed")!r})), "letters")
+        """
+    )
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "experiment.yaml").write_text(to_yaml(killed))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "train" / "letters" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    torn = checkpoint.parent.with_name("checkpoint-6")
+    (torn / "trainer_state.json").unlink(missing_ok=True)
+    os.makedirs(torn, exist_ok=True)
+    resumed = train(killed, "letters")
+    assert json.loads((resumed / "result.json").read_text())["steps"] == 8
+    assert equal(adapter(whole), adapter(resumed))
+
+
+@pytest.mark.parametrize(
+    ("grpo", "message"),
+    [
+        ({"learning_rat": 1.0}, "unknown key 'train.grpo.learning_rat'.*did you mean 'learning_rate'"),
+        ({"seed": 3}, "train.grpo.seed is set by emorl; use seed"),
+        ({"num_generations": 7}, "train.grpo: .*num_generations"),
+        ({"save_steps": 3}, "train.grpo: .*multiple"),
+    ],
+)
+def test_a_wrong_training_setting_is_refused_before_a_model_loads(experiment, grpo, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(experiment(**grpo), "letters")
+    assert "\n" not in str(caught.value)
+    assert not (experiment().output / "train").exists()
+
+
+def test_an_unknown_objective_and_a_missing_base_are_refused(experiment, tmp_path):
+    with pytest.raises(UserError, match="no objective 'leters' .*did you mean 'letters'"):
+        train(experiment(), "leters")
+    lost = dataclasses.replace(experiment(), base=BaseConfig(model=str(tmp_path / "nothing")))
+    with pytest.raises(UserError, match=r"base.model .*neither a folder here nor a model on the hub"):
+        train(lost, "letters")
+
+
+def test_scores_that_are_not_numbers_stop_training_by_name(experiment):
+    bad = dataclasses.replace(experiment(), objectives={"bad": ObjectiveConfig(function=f"{__name__}:broken")})
+    with pytest.raises(UserError, match="objective 'bad' returned nan for completion 0"):
+        train(bad, "bad")
