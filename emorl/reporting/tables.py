@@ -180,10 +180,11 @@ def _table() -> Table:
     return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
-def _console() -> Console:
+def _console(at_least: int = 0) -> Console:
     """Standard output as it is now; wide enough for whole tables where it is a file or a pipe."""
     console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_FILE_WIDTH)
+    console.width = max(at_least, console.width if console.is_terminal else _FILE_WIDTH)
+    return console
 
 
 def _print_whole(console: Console, title: str, table: Table) -> None:
@@ -191,4 +192,4 @@ def _print_whole(console: Console, title: str, table: Table) -> None:
     console.print()
     console.print(title, style="bold")
     needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
-    console.print(table, width=max(console.width, needed), crop=False)
+    _console(needed).print(table)

@@ -149,6 +149,7 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
         "max_completion_length": experiment.generation.get("max_new_tokens", 64),
         "eval_steps": eval_steps,
         "save_steps": eval_steps,
+        "num_generations_eval": 1,  # TRL checks it against its own evaluation, which ours replaces
         "save_total_limit": 2,
         "logging_steps": 1,
         "eval_on_start": True,
