@@ -168,7 +168,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def lower_bound(
     base: PreTrainedModel, paths: list[Path], batch: int, tokens: int, machine: tuple[float, float]
 ) -> float:
-    """Seconds no float32 forward of `tokens` tokens can beat: read base and adapters once, or do the multiplications."""
+    """Seconds no float32 forward of `tokens` tokens can beat: read all parameters once, or do the multiplications."""
     head = base.get_output_embeddings().weight.numel()
     parameters = sum(parameter.numel() for parameter in base.parameters())  # the head is the embedding, counted once
     lora = sum(factor.numel() for path in paths for pair in read_adapter(path).factors.values() for factor in pair)
@@ -211,18 +211,13 @@ def run_case(
     return rows
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
-    """GitHub-flavoured table."""
-    print(
-        "| model | batch | method | tokens/s (lowest–highest) | time / one policy | time / bound |\n|---|---|---|---|---|---|"
-    )
+def print_rows(rows: list[dict[str, object]]) -> None:
+    """Rows of the table whose heading `main` prints."""
     for row in rows:
         bound = "" if row["time_to_bound"] is None else f"{row['time_to_bound']:.1f}"
         spread = f"{row['tokens_per_second']:.1f} ({row['lowest']:.1f}–{row['highest']:.1f})"
-        ratio = f"{row['time_to_single']:.2f}"
-        print(
-            "| " + " | ".join([str(row["model"]), str(row["batch"]), str(row["method"]), spread, ratio, bound]) + " |"
-        )
+        cells = [row["model"], row["batch"], row["method"], spread, f"{row['time_to_single']:.2f}", bound]
+        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -246,8 +241,14 @@ def main() -> None:
         f"{platform.machine()}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{machine[0] / 1e9:.1f} GB/s, {machine[1] / 1e9:.0f} GFLOP/s\n"
     )
-    rows = [row for size in options.sizes for batch in options.batch for row in run_case(size, batch, options, machine)]
-    print_table(rows)
+    print("| model | batch | method | tokens/s (lowest–highest) | time / one policy | time / bound |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for size in options.sizes:
+        for batch in options.batch:
+            case = run_case(size, batch, options, machine)
+            print_rows(case)
+            rows += case
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

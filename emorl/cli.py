@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's use of names that transformers has renamed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,13 +95,14 @@ def _add_quickstart(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    """The experiment; its resolved copy is written beside the results."""
+    """The experiment of the file and overrides."""
     from emorl.experiment import load_experiment
 
     return load_experiment(options.experiment, options.overrides)
 
 
 def _keep_config(experiment: Any) -> None:
+    """Writes the resolved experiment beside its results, after a stage has accepted it: a refused one changes nothing."""
     from emorl.config import to_yaml
     from emorl.runs import write_text
 
@@ -124,9 +126,10 @@ def _train_policies(experiment: Any, names: Sequence[str] | None) -> None:
     from emorl.training.grpo import train
 
     check_objectives(experiment.objectives)
-    _keep_config(experiment)
     for name in names or experiment.objectives:
         train(experiment, name, Console())
+    if not (experiment.output / "experiment.yaml").exists():
+        _keep_config(experiment)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -148,8 +151,8 @@ def _search_weights(experiment: Any) -> None:
     from emorl.search.weight_search import search, silence_optuna
 
     silence_optuna()
-    _keep_config(experiment)
     search(experiment, Console())
+    _keep_config(experiment)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -163,6 +166,7 @@ def _compare(experiment: Any) -> None:
     from emorl.reporting.comparison import compare
 
     compare(experiment, Console())
+    _keep_config(experiment)
 
 
 def _print_comparison(output: Path, as_json: bool) -> None:

@@ -70,7 +70,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
     """
     manifest_path = path / "run.json"
     config = json.loads(json.dumps(config))
-    if not manifest_path.exists():
+    if not manifest_path.exists() or not _holds_work(path):
         path.mkdir(parents=True, exist_ok=True)
         _write_manifest(path, stage, config, finished=False)
         return Run(path, stage, config, finished=False, cost=Cost())
@@ -83,6 +83,13 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
     cost_path = path / "cost.json"
     cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()
     return Run(path, stage, config, bool(manifest.get("finished")), cost)
+
+
+def _holds_work(path: Path) -> bool:
+    """Whether a run got further than its start; one that failed at once, on a wrong setting say, may be started anew."""
+    if read_json(path / "run.json").get("finished"):
+        return True
+    return any(file.is_file() and file.name not in ("run.json", ".lock") for file in path.rglob("*"))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

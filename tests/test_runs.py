@@ -34,6 +34,14 @@ def test_a_run_with_other_settings_is_refused_and_kept(tmp_path):
     assert (tmp_path / "run.json").read_text() == before
 
 
+def test_a_run_that_failed_at_its_start_does_not_stand_in_the_way(tmp_path):
+    open_run(tmp_path, "train", {"data": "wrong.csv"})
+    assert open_run(tmp_path, "train", {"data": "right.csv"}).config == {"data": "right.csv"}
+    (tmp_path / "checkpoint.safetensors").write_text("work")
+    with pytest.raises(UserError, match="other settings"):
+        open_run(tmp_path, "train", {"data": "wrong.csv"})
+
+
 def test_a_damaged_file_of_ours_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"stage"')
     with pytest.raises(UserError, match=r"run.json is damaged"):

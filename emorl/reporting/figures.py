@@ -59,7 +59,7 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
         )
     figure.update_xaxes(title=f"{x} (higher is better)")
     figure.update_yaxes(title=f"{y} (higher is better)")
-    return _styled(figure, f"What more {y} costs in {x}", height=520)
+    return _styled(figure, f"Trade-off of {y} against {x}", height=520)
 
 
 def _label(system: str, kind: str) -> str:
@@ -74,8 +74,14 @@ def _trial_points(trials: pd.DataFrame, x: str, y: str) -> go.Scatter:
         x=trials[f"score_{x}"],
         y=trials[f"score_{y}"],
         mode="markers",
-        opacity=0.45,
-        marker={"color": trials["value"], "colorscale": _VALUES, "size": 7, "colorbar": _colour_bar("value")},
+        opacity=0.55,
+        marker={
+            "color": trials["value"],
+            "colorscale": _VALUES,
+            "size": 7,
+            "colorbar": _colour_bar("value"),
+            "line": {"width": 0.7, "color": GREY},
+        },
         text=_weight_texts(trials),
         hovertemplate=f"trial<br>{x} %{{x:.3f}}<br>{y} %{{y:.3f}}<br>%{{text}}<extra>validation prompts</extra>",
         name="search trials (validation)",

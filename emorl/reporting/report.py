@@ -66,9 +66,11 @@ def write_report(output: Path) -> Path:
 
 def _content(results: Results) -> dict[str, Any]:
     found = rivals(results)
-    systems = results.summary.to_dict("records")
+    shown = list(dict.fromkeys([BASE, BEST, *_compared(results)]))
+    systems = results.summary.fillna({f"weight_{name}": 0.0 for name in results.policies}).to_dict("records")
     return {
         "results": results,
+        "title": f"Trade-offs between {_listed(results.objectives)}",
         "plotly": Markup(get_plotlyjs()),
         "headline": headline(found[:-1]),
         "rivals": found,
@@ -77,7 +79,7 @@ def _content(results: Results) -> dict[str, Any]:
         "systems": systems,
         "weighted": [row for row in systems if row["kind"] in ("ensemble", "front")],
         "search_front": sorted(results.search["front"], key=lambda point: -point["value"]),
-        "generation_systems": (shown := [BASE, BEST, *(name for name in _compared(results) if name not in (BASE, BEST))]),
+        "generation_systems": shown,
         "generations": _generation_rows(results, shown),
         "costs": results.costs.reset_index().to_dict("records"),
         "config": to_yaml(results.experiment),

@@ -82,11 +82,11 @@ def comparison_json(output: Path) -> dict[str, Any]:
 
 
 def _system_json(row: Mapping[str, Any], results: Results) -> dict[str, Any]:
-    weights = {name: row[f"weight_{name}"] for name in results.policies}
+    weights = {name: row[f"weight_{name}"] for name in results.policies}  # NaN: not a part of this system
     return {
         "system": row["system"],
         "kind": row["kind"],
-        "weights": {} if any(math.isnan(weight) for weight in weights.values()) else weights,
+        "weights": {name: weight for name, weight in weights.items() if not math.isnan(weight)},
         "scores": {name: {"mean": row[name], "error": row[f"{name}_error"]} for name in results.objectives},
         **{key: row[key] for key in ("mean", "mean_error", "minimum", "distinct_share", "distinct_2", "words")},
         **{key: row[key] for key in ("completions", "tokens", "collapsed", "front")},

@@ -63,9 +63,9 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     space = WeightSpace((*adapters, *([BASE_POLICY] if experiment.search.include_base else [])))
     value = _valuation(experiment, space)
     proposer, expected = _proposer(experiment, space, value)
-    study = open_study(experiment.search.storage or run.path / "journal.log", objectives, _study_name(experiment))
     progress.say(f"search: {experiment.search.proposer} over the weights of {', '.join(space.policies)}")
     evaluator = _Evaluator.load(experiment, adapters, space)
+    study = open_study(experiment.search.storage or run.path / "journal.log", objectives, _study_name(experiment))
     with progress.bar("search weights", expected, done=len(finished_trials(study))) as bar:
         seen = len(finished_trials(study))
 

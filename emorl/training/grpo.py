@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -62,7 +62,8 @@ def train(experiment: Experiment, name: str, progress: Progress | None = None) -
     Raises:
         UserError: an unknown objective or setting, or a run directory that holds another run.
     """
-    progress = progress or Silent()
+    if progress is None or not PartialState().is_main_process:
+        progress = Silent()
     if name not in experiment.objectives:
         raise UserError(f"no objective {name!r} in this experiment; {nearest(name, experiment.objectives)}")
     check_objectives({name: experiment.objectives[name]})
@@ -158,6 +159,7 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
         "bf16": experiment.base.dtype == "bfloat16",
         "gradient_checkpointing": False,
         "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_only_model": False,
     }
@@ -233,7 +235,7 @@ def _build_trainer(
         cost,
     ]
     try:
-        return PolicyTrainer(
+        trainer = PolicyTrainer(
             objective=objective,
             generation=experiment.generation,
             fingerprint=base_fingerprint(base.model),
@@ -250,6 +252,8 @@ def _build_trainer(
         raise
     except ValueError as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
+    trainer.remove_callback(PrinterCallback)  # our progress bar shows the rewards; `result.json` and `report_to` keep the rest
+    return trainer
 
 
 def _last_complete_checkpoint(directory: Path) -> str | None:

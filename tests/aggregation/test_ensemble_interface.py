@@ -52,6 +52,14 @@ def test_the_base_given_stays_as_it_was_and_shares_its_parameters(base, adapters
     assert all(id(parameter) in own for parameter in parameters.values())
 
 
+def test_the_generation_settings_of_the_base_are_taken_over_as_a_copy(tiny_base_dir, adapters, inputs, mixture):
+    base = AutoModelForCausalLM.from_pretrained(tiny_base_dir)
+    base.generation_config.update(max_new_tokens=3, eos_token_id=None)
+    model = mixture(base, adapters)
+    base.generation_config.max_new_tokens = 5
+    assert model.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 @torch.no_grad()
 def test_the_bare_base_as_last_policy_allows_extrapolation(base, adapters, inputs):
     model = HiddenStateEnsemble(base, adapters, include_base=True)

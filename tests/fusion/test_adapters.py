@@ -22,7 +22,9 @@ def base_and_adapters(request, make_causal_model, write_adapter, tmp_path):
     some, few = (["c_attn", "c_fc"], ["c_attn"]) if request.param == "gpt2" else (["q_proj", "up_proj"], ["q_proj"])
     paths = [
         write_adapter(base, tmp_path / "all", rank=2, seed=1),
-        write_adapter(base, tmp_path / "some", rank=5, alpha=3, rslora=True, target_modules=some, seed=2),
+        write_adapter(
+            base, tmp_path / "some", rank=5, alpha=3, rslora=True, target_modules=some, seed=2, layers_to_transform=[1]
+        ),
         write_adapter(base, tmp_path / "few", rank=3, alpha=6, target_modules=few, seed=3),
     ]
     return base, [read_adapter(path) for path in paths]
@@ -65,7 +67,7 @@ def test_ranks_add_up_and_scaling_is_one(base_and_adapters, tmp_path):
     config = json.loads((fused / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 2
     assert config["rank_pattern"] == config["alpha_pattern"]
-    assert set(config["rank_pattern"].values()) == {7, 10}
+    assert set(config["rank_pattern"].values()) == {5, 7, 10}
     assert not config["use_rslora"]
 
 

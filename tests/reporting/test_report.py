@@ -10,6 +10,8 @@ import pytest
 from emorl.config import UserError
 from emorl.reporting.report import Rival, headline, rivals, write_report
 from emorl.reporting.results import read_results
+from emorl.reporting.tables import comparison_json
+from emorl.runs import read_json, write_json
 from tests.reporting.synthetic_run import OBJECTIVES
 
 
@@ -70,6 +72,23 @@ def test_two_objectives_have_one_pair_and_no_ternary_map(run_of_two):
     tags = _Page(write_report(run_of_two).read_text(encoding="utf-8")).tags
     drawn = [attrs for tag, attrs in tags if tag == "div" and "plotly-graph-div" in attrs.get("class", "")]
     assert len(drawn) == 1 + 0 + 2 + 2
+
+
+def test_the_base_as_one_more_policy_has_its_own_weight(finished_run, tmp_path):
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    trials, summary = (copy / "search" / "trials.csv", copy / "evaluate" / "summary.csv")
+    pd.read_csv(trials).assign(weight_base=0.0).to_csv(trials, index=False)
+    table = pd.read_csv(summary)
+    table.assign(weight_base=table["system"].map({"ensemble, best found": 0.125})).to_csv(summary, index=False)
+    result = read_json(copy / "search" / "result.json")
+    points = [{**point, "weights": {**point["weights"], "base": 0.0}} for point in result["front"]]
+    write_json(copy / "search" / "result.json", {**result, "front": points})
+    weights = {system["system"]: system["weights"] for system in comparison_json(copy)["systems"]}
+    assert weights["ensemble, best found"]["base"] == 0.125
+    assert weights["ensemble, equal weights"] == pytest.approx(dict.fromkeys(OBJECTIVES, 1 / 3))
+    html = write_report(copy).read_text(encoding="utf-8")
+    assert "<th>weight base</th>" in html
+    assert "over the weights" not in html  # four policies fit no triangle
 
 
 def test_escapes_what_a_model_wrote(html, page):

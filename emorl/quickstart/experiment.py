@@ -1,0 +1,51 @@
+"""The embedded default experiment: three conflicting objectives on the quickstart's parts (`emorl quickstart`)."""
+
+import os
+import time
+from pathlib import Path
+
+from emorl.experiment import (
+    BaseConfig,
+    ConvergenceConfig,
+    DataConfig,
+    Experiment,
+    ObjectiveConfig,
+    SearchConfig,
+    TrainConfig,
+)
+from emorl.progress import Progress
+from emorl.quickstart.build import build
+
+
+def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experiment:
+    """The experiment, its parts built if they are not in the cache yet (`EMORL_CACHE`, by default ~/.cache/emorl)."""
+    cache = Path(os.environ.get("EMORL_CACHE", "~/.cache/emorl")).expanduser() / "quickstart"
+    start = time.perf_counter()
+    progress.say(f"parts: a tiny chat policy and three reward models, made from a synthetic corpus, in {cache}")
+    parts = build(cache, seed, progress.say)
+    progress.say(f"parts: ready after {time.perf_counter() - start:.0f} s")
+    return Experiment(
+        output=output,
+        seed=seed,
+        base=BaseConfig(model=str(parts.base)),
+        data=DataConfig(path=str(parts.prompts), validation=32, test=64),
+        generation={"max_new_tokens": 28, "do_sample": False},
+        objectives={
+            "reflection": ObjectiveConfig(function="classifier", options={"model": str(parts.reflection)}),
+            "empathy": ObjectiveConfig(function="classifier", options={"model": str(parts.empathy)}),
+            "fluency": ObjectiveConfig(function="likelihood", options={"model": str(parts.fluency), "scale": "inverse"}),
+        },
+        train=TrainConfig(
+            lora={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+            grpo={
+                "per_device_train_batch_size": 64,
+                "num_generations": 8,
+                "learning_rate": 1e-3,
+                "beta": 0.02,
+                "max_steps": 40,
+                "eval_steps": 8,
+            },
+            convergence=ConvergenceConfig(threshold=0.0),
+        ),
+        search=SearchConfig(levels=4, batch=16),
+    )

@@ -1,0 +1,197 @@
+"""The command line as a user meets it: the whole job on a tiny policy, and one line for every mistake."""
+
+import io
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import yaml
+
+from emorl.cli import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def vowels(prompts, completions, **columns):
+    return [sum(text.count(v) for v in "aeiou") / max(1, len(text)) for text in (c[0]["content"] for c in completions)]
+
+
+def digits(prompts, completions, **columns):
+    return [sum(map(str.isdigit, text)) / max(1, len(text)) for text in (c[0]["content"] for c in completions)]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, tiny_base_dir):
+    """An experiment file with two objectives, and where its results go."""
+    directory = tmp_path_factory.mktemp("experiment")
+    data = directory / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(24)))
+    content = {
+        "output": str(directory / "run"),
+        "base": {"model": str(tiny_base_dir)},
+        "data": {"path": str(data), "validation": 4, "test": 6},
+        "objectives": {"vowels": f"{__name__}:vowels", "digits": f"{__name__}:digits"},
+        "generation": {"max_new_tokens": 6, "do_sample": False},
+        "train": {
+            "lora": {"r": 4, "target_modules": "all-linear"},
+            "grpo": {
+                "max_steps": 6, "eval_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4,
+                "learning_rate": 3e-2, "beta": 0.0,
+            },
+            "collapse": {"share": 0.0},
+        },
+        "search": {"levels": 2},
+    }  # fmt: skip
+    path = directory / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(experiment):
+    """Its finished run directory."""
+    assert main(["run", str(experiment)]) == 0
+    return experiment.parent / "run"
+
+
+def output_of(capsys, *arguments):
+    assert main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def mistake(capsys, *arguments):
+    assert main(list(map(str, arguments))) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("emorl ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_run_does_the_whole_job(finished):
+    assert (finished / "report" / "report.html").stat().st_size > 10_000
+    trials = pd.read_csv(finished / "search" / "trials.csv")
+    assert len(trials) == 8  # {0, 1/2, 1}^2 has 5 directions, a second level adds 3
+    summary = pd.read_csv(finished / "evaluate" / "summary.csv")
+    assert {"base", "policy vowels", "policy digits", "ensemble, best found"} <= set(summary["system"])
+    completions = pd.read_parquet(finished / "evaluate" / "completions.parquet")
+    assert len(completions) == 6 * len(summary)
+
+
+def test_the_policies_alone_in_search_and_comparison_are_the_trained_ones(finished):
+    """The one-hot ensemble's validation score is what training logged for the kept checkpoint."""
+    trials = pd.read_csv(finished / "search" / "trials.csv")
+    for name in ("vowels", "digits"):
+        alone = trials[trials[f"weight_{name}"] == 1.0].iloc[0]
+        trained = json.loads((finished / "train" / name / "result.json").read_text())
+        assert alone[f"score_{name}"] == pytest.approx(trained["reward"], abs=1e-6)
+
+
+def test_a_second_run_does_nothing_again(experiment, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    before |= {path: path.stat().st_mtime_ns for path in [finished / "search" / "trials.csv"]}
+    assert main(["run", str(experiment)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_every_stage_gives_json(experiment, finished, capsys):
+    search = json.loads(output_of(capsys, "search", experiment, "--json"))
+    assert search["trials"] == 8
+    assert set(search["best"]["weights"]) == {"vowels", "digits"}
+    comparison = json.loads(output_of(capsys, "evaluate", experiment, "--json"))
+    assert comparison
+    training = json.loads(output_of(capsys, "train", experiment, "--objective", "vowels", "--json"))
+    assert training["vowels"]["objective"] == "vowels"
+
+
+def test_generate_answers_by_preference_without_search_or_training(finished, capsys, monkeypatch):
+    front = json.loads((finished / "search" / "result.json").read_text())["front"]
+    lines = output_of(capsys, "generate", finished, "--prefer", "vowels=1", "--prompt", "say 1", "--json").splitlines()
+    answer = json.loads(lines[0])
+    assert answer["scores"]["vowels"] == max(point["scores"]["vowels"] for point in front)
+    assert answer["prompt"] == "say 1"
+    monkeypatch.setattr("sys.stdin", io.StringIO("say 1\n\nsay 2\n"))
+    texts = output_of(capsys, "generate", finished, "--prefer", "vowels=1").splitlines()
+    assert len(texts) == 2
+    assert texts[0] == answer["completion"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["serch.levels=1"], "unknown key 'serch'; did you mean 'search'"),
+        (["search.levels=-1"], "greater than or equal to 1"),
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["data.prompt_column=promt"], "has no column 'promt' (data.prompt_column); did you mean 'prompt'"),
+        (["base.model=./nowhere"], "base.model './nowhere': neither a folder here nor a model on the hub"),
+        (["search.proposer=hierarchical"], "no proposer is called 'hierarchical'; did you mean 'hierarchical_grid'"),
+        (["objectives.vowels=lenght"], "no objective function is called 'lenght'; did you mean 'length'"),
+        (["train.grpo.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["train.lora.rank=1"], "unknown key 'train.lora.rank'"),
+        (["seed=1"], "holds a run with other settings (seed: 0 -> 1)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(experiment, finished, capsys, overrides, message):
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*.safetensors"))
+    if not overrides[0].startswith("seed"):
+        overrides = [*overrides, f"output={experiment.parent / 'other'}"]
+    assert message in mistake(capsys, "run", experiment, *overrides)
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*.safetensors")) == before
+
+
+def test_a_changed_experiment_does_not_overwrite_the_finished_ones_settings(experiment, finished, capsys):
+    before = (finished / "experiment.yaml").read_text()
+    mistake(capsys, "run", experiment, "seed=1")
+    assert (finished / "experiment.yaml").read_text() == before
+
+
+def test_stages_out_of_order_say_what_to_run_first(experiment, capsys):
+    fresh = f"output={experiment.parent / 'fresh'}"
+    assert "no trained policy for digits, vowels" in mistake(capsys, "search", experiment, fresh)
+    assert "run the stage that writes it first" in mistake(capsys, "evaluate", experiment, fresh)
+    assert "is not a run directory" in mistake(capsys, "generate", experiment.parent / "nowhere", "--prompt", "x")
+    assert "is not a run directory" in mistake(capsys, "report", experiment.parent / "nowhere")
+
+
+def test_wrong_preferences_are_one_line(finished, capsys):
+    assert "expected objective=number" in mistake(capsys, "generate", finished, "--prefer", "vowels", "--prompt", "x")
+    assert "preferences name vowel" in mistake(capsys, "generate", finished, "--prefer", "vowel=1", "--prompt", "x")
+    assert "not all 0" in mistake(capsys, "generate", finished, "--prefer", "vowels=0", "--prompt", "x")
+
+
+def test_a_damaged_journal_is_one_line_and_left_alone(experiment, finished, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for name in ("run.json", "result.json", "trials.csv"):
+        (copy / "search" / name).unlink()
+    journal = copy / "search" / "journal.log"
+    journal.write_bytes(b"garbage\n" + journal.read_bytes())
+    content = journal.read_bytes()
+    assert "is damaged and cannot be read as an Optuna journal" in mistake(capsys, "search", experiment, f"output={copy}")
+    assert journal.read_bytes() == content
+
+
+def test_an_adapter_of_another_base_is_one_line(experiment, finished, capsys, tmp_path, make_causal_model, tokenizer):
+    copy, other = tmp_path / "copy", tmp_path / "base"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "search")
+    make_causal_model("llama", seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    line = mistake(capsys, "search", experiment, f"output={copy}", f"base.model={other}")
+    assert "another base" in line
+
+
+@pytest.mark.parametrize("command", ["quickstart", "run", "train", "search", "evaluate", "report", "generate"])
+def test_help_teaches(command, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["emorl", command, "--help"])
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    if command in ("run", "train", "search", "evaluate"):
+        assert "search.proposer [hierarchical_grid]" in text
+        assert "straight to trl.GRPOConfig" in text

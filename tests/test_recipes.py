@@ -1,0 +1,65 @@
+"""Every experiment file in the repository parses; every recipe runs for two steps through the real command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from emorl.cli import main
+from emorl.experiment import load_experiment
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted((ROOT / "recipes").rglob("experiment*.yaml"))
+YAMLS = [path for path in ROOT.rglob("*.yaml") if not {".venv", "runs", "node_modules"} & set(path.parts)]
+
+
+def test_recipes_are_found():
+    assert EXPERIMENTS
+    assert len(YAMLS) > len(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
+def test_an_experiment_file_parses_and_has_a_readme(path):
+    load_experiment(path)
+    assert (path.parent / "README.md").is_file()
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_yaml_file_is_yaml(path):
+    assert yaml.safe_load(path.read_text()) is not None
+
+
+@pytest.mark.realdata
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "models").is_dir(), reason="needs ../shared")
+def test_the_counselling_recipe_runs_for_two_steps(tmp_path, monkeypatch):
+    """On the real policy and prompts; its reward models are trained by hand, so rules stand in for two of them."""
+    monkeypatch.chdir(ROOT)
+    short = ["train.grpo.max_steps=2", "train.grpo.eval_steps=2", "train.grpo.per_device_train_batch_size=8",
+             "train.grpo.num_generations=4", "generation.max_new_tokens=8", "search.levels=1", "data.validation=4",
+             "data.test=4", "objectives.reflection=distinct_2", "objectives.empathy=length", f"output={tmp_path}"]  # fmt: skip
+    assert main(["run", "recipes/counselling/experiment.yaml", *short]) == 0
+    assert json.loads((tmp_path / "search" / "result.json").read_text())["trials"] == 19
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_two_processes_train_one_policy(tmp_path, tiny_base_dir):
+    """`torchrun` on CPU; with one process the completions would be half as many."""
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "\n".join(f"say {i}" for i in range(12)))
+    overrides = {
+        "output": str(tmp_path / "run"), "base": {"model": str(tiny_base_dir)}, "objectives": {"short": "length"},
+        "data": {"path": str(tmp_path / "prompts.csv"), "validation": 2, "test": 2},
+        "generation": {"max_new_tokens": 4, "do_sample": False},
+        "train": {"grpo": {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4}},
+    }  # fmt: skip
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(overrides))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "recipes/train_policy.py"]
+    done = subprocess.run([*command, str(tmp_path / "experiment.yaml")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cost = json.loads((tmp_path / "run" / "train" / "short" / "cost.json").read_text())
+    validations = 2 * 2
+    assert cost["completions"] == 2 * (2 * 4) + validations
