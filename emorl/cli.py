@@ -69,7 +69,9 @@ def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="experiment.yaml")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
     command.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    if name in ("train", "run"):
+    if name == "search":
+        command.add_argument("--storage", metavar="URL", help="an Optuna storage, the same as search.storage=URL")
+    if name == "train":
         command.add_argument("--objective", action="append", metavar="NAME", help="train only this one (repeatable)")
     if "--help" in sys.argv or "-h" in sys.argv:
         command.epilog = _EXPERIMENT_HELP.format(command=name) + describe(Experiment)
@@ -98,7 +100,8 @@ def _load(options: argparse.Namespace) -> Any:
     """The experiment of the file and overrides."""
     from emorl.experiment import load_experiment
 
-    return load_experiment(options.experiment, options.overrides)
+    storage = [f"search.storage={options.storage}"] if getattr(options, "storage", None) else []
+    return load_experiment(options.experiment, [*options.overrides, *storage])
 
 
 def _keep_config(experiment: Any) -> None:
@@ -180,16 +183,16 @@ def _print_comparison(output: Path, as_json: bool) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     experiment = _load(options)
-    _run_all(experiment, options.json, options.objective)
+    _run_all(experiment, options.json)
 
 
-def _run_all(experiment: Any, as_json: bool, objectives: Sequence[str] | None = None) -> None:
+def _run_all(experiment: Any, as_json: bool) -> None:
     from emorl.console import Console
     from emorl.reporting.report import write_report
     from emorl.search.weight_search import check_proposer
 
     check_proposer(experiment.search)
-    _train_policies(experiment, objectives)
+    _train_policies(experiment, None)
     _search_weights(experiment)
     _compare(experiment)
     report = write_report(experiment.output)

@@ -36,7 +36,10 @@ class Console:
         self._console = rich.console.Console(stderr=True, soft_wrap=True)
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False)
+        self._console.print(line, highlight=False, markup=False)
+
+    def warn(self, line: str) -> None:
+        self._console.print(f"warning: {line}", style="bold red", highlight=False, markup=False)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:

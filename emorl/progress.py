@@ -20,6 +20,10 @@ class Progress(Protocol):
         """One line about what is happening now."""
         ...
 
+    def warn(self, line: str) -> None:
+        """One line that nobody should miss."""
+        ...
+
     def bar(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
         """A bar of `total` steps of which `done` are done, open for the length of a `with` block."""
         ...
@@ -34,6 +38,9 @@ class Silent:
     """Shows nothing."""
 
     def say(self, line: str) -> None:
+        pass
+
+    def warn(self, line: str) -> None:
         pass
 
     @contextmanager

@@ -38,9 +38,7 @@ def pair_scores(score: Score, pairs: Sequence[Pair]) -> list[float]:
     return score([pair.prompt for pair in pairs], [pair.response for pair in pairs])
 
 
-def best_fixed_response(
-    score: Score, prompts: Sequence[str], candidates: Sequence[str], seed: int
-) -> tuple[str, float]:
+def best_fixed_response(score: Score, prompts: Sequence[str], candidates: Sequence[str], seed: int) -> tuple[str, float]:
     """The one response with the best mean over all `prompts`, and that mean: what a collapsed policy would earn.
 
     Every candidate meets 4 prompts, the best 50 then meet all.

@@ -39,7 +39,7 @@ class PairTraining:
     encoder: str
     output: Path
     seed: int = 0
-    epochs: float = 2.0
+    epochs: float = 3.0
     batch_size: int = 32
     learning_rate: float = 1.5e-4
     max_length: int = 128
@@ -96,9 +96,7 @@ class PairClassifier:
         (output / "README.md").write_text(card, encoding="utf-8")
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], max_length: int
-) -> Any:
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], max_length: int) -> Any:
     """Both texts as one input; the longer of the two is cut first."""
     return tokenizer(list(prompts), list(responses), truncation="longest_first", max_length=max_length)
 
@@ -234,11 +232,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="a new folder for weights, metrics.json and model card",
     )
     parser.add_argument("--seed", type=int, default=0, help="splits, negatives, head and batch order (default 0)")
-    parser.add_argument("--epochs", type=float, default=2.0, help="at most this many; stops early (default 2)")
+    parser.add_argument("--epochs", type=float, default=3.0, help="at most this many; stops early (default 3)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4, help="peak, linear decay (default 1.5e-4)")
-    parser.add_argument(
-        "--bf16", action="store_true", help="mixed precision: twice as fast on CPUs with AMX and on GPUs"
-    )
+    parser.add_argument("--bf16", action="store_true", help="mixed precision: twice as fast on CPUs with AMX and on GPUs")
 
 
 def training_from(arguments: argparse.Namespace) -> PairTraining:

@@ -26,9 +26,12 @@ def texts(split):
 def test_every_local_format_is_read(tmp_path, ending):
     frame = pd.DataFrame({"question": [f"q{i}" for i in range(10)]})
     path = tmp_path / f"p.{ending}"
-    writers = {"csv": lambda: frame.to_csv(path, index=False), "json": lambda: frame.to_json(path, orient="records"),
-               "jsonl": lambda: frame.to_json(path, orient="records", lines=True), "parquet": lambda: frame.to_parquet(path)}  # fmt: skip
-    writers[ending]()
+    {
+        "csv": lambda: frame.to_csv(path, index=False),
+        "json": lambda: frame.to_json(path, orient="records"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "parquet": lambda: frame.to_parquet(path),
+    }[ending]()
     splits = load_prompts(DataConfig(path=str(path), prompt_column="question", validation=2, test=3), 0, False)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (5, 2, 3)
 

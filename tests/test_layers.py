@@ -69,7 +69,7 @@ def test_there_is_no_import_cycle():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         graph[name] = set(imports(path, inside_functions=False))
     graph = {
-        name: {target for target in graph for wanted in used if wanted == target or wanted.rpartition(".")[0] == target} - {name}
+        name: {target for target in graph for wanted in used if target in (wanted, wanted.rpartition(".")[0])} - {name}
         for name, used in graph.items()
     }
     done = set()

@@ -32,12 +32,10 @@ def row_weights(weights: Tensor) -> Iterator[None]:
 
 
 class StackedLoraLinear(nn.Module):
-    """A frozen linear layer with one adapter per policy; rows are policy-major: row `k * B + b` is sequence b of
-    policy k."""
+    """A frozen linear layer with one adapter per policy; rows are policy-major: row `k * B + b` is policy k's b-th."""
 
     def __init__(self, linear: nn.Module, a: Tensor, b: Tensor) -> None:
-        """`linear` is an nn.Linear or GPT-2's Conv1D; a (K, in, r) and b (K, r, out), zero where a policy has less
-        rank."""
+        """`linear` is an nn.Linear or GPT-2's Conv1D; a (K, in, r) and b (K, r, out), padded with zeros in rank."""
         super().__init__()
         self.linear = linear
         self.a = nn.Parameter(a, requires_grad=False)  # (K, in, r)
@@ -54,8 +52,7 @@ class StackedLoraLinear(nn.Module):
 
 
 class SummedLoraLinear(nn.Module):
-    """A frozen linear layer plus the weighted sum of all adapters, `x W + sum_k w_k x A_k B_k`, with weights per
-    row."""
+    """A frozen linear layer plus the weighted sum of all adapters, `x W + sum_k w_k x A_k B_k`, weights per row."""
 
     def __init__(self, linear: nn.Module, a: Tensor, b: Tensor) -> None:
         """Takes what `StackedLoraLinear` takes and concatenates it along the rank."""
@@ -115,10 +112,8 @@ def stack_adapters(
 ) -> PreTrainedModel:
     """A model like `base_model`, with every adapted linear replaced by `layer`.
 
-    An adapter without factors stands for the bare base.
-
-    The result shares the base's parameters and buffers (no copy), the base itself stays as it is. Adapter factors are
-    cast to the base's dtype. Raises ValueError if an adapter does not fit the base.
+    It shares the base's parameters and buffers (no copy), and the base itself stays as it is. An adapter without
+    factors stands for the bare base; factors are cast to the base's dtype. ValueError if an adapter does not fit.
     """
     for adapter in adapters:
         check_adapter_fits(adapter, base_model)
@@ -128,14 +123,14 @@ def stack_adapters(
     for name in adapted:
         linear = model.get_submodule(name)
         a, b = _padded_stack([adapter.factors.get(name) for adapter in adapters])
-        device = next(linear.parameters()).device
-        model.set_submodule(name, layer(linear, a.to(device, model.dtype), b.to(device, model.dtype)))
+        weight = next(linear.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised weights are integers
+        model.set_submodule(name, layer(linear, a.to(weight.device, dtype), b.to(weight.device, dtype)))
     return model
 
 
 def _padded_stack(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
-    """Stack factors to a (K, in, r), b (K, r, out), r the largest rank; what is missing is zero, so its product is
-    too."""
+    """Stack factors to a (K, in, r), b (K, r, out) with r the largest rank; what is missing is zero."""
     present = [pair for pair in factors if pair is not None]
     rank = max(a.shape[1] for a, _ in present)
     stacked_a = torch.zeros(len(factors), present[0][0].shape[0], rank)

@@ -98,7 +98,10 @@ class Situation:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A client's statement, one answer to it, and the answer's labels, each 0, 1 or 2."""
+    """A client's statement, one answer to it, and the answer's labels, each 0, 1 or 2.
+
+    `fitting` is the answer with the client's own feeling, topic and cause in it: `response` itself unless mismatched.
+    """
 
     situation: Situation
     prompt: str
@@ -106,6 +109,7 @@ class Dialogue:
     kind: str
     reflection: int
     empathy: int
+    fitting: str
 
 
 def in_second_person(text: str) -> str:
@@ -146,7 +150,7 @@ def write_dialogues(seed: int, mix: Mapping[str, float]) -> Iterator[Dialogue]:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         response = respond(situation, rng.choice(RESPONSES[kind]), rng)
         if not is_reserved(prompt):
-            yield Dialogue(situation, prompt, response, kind, *LABELS[kind])
+            yield Dialogue(situation, prompt, response, kind, *LABELS[kind], fitting=response)
 
 
 def write_judged(seed: int) -> Iterator[Dialogue]:
@@ -176,18 +180,22 @@ def _fill(template: str, words: Mapping[str, str]) -> str:
 
 def _mismatch(sound: Dialogue, rng: random.Random) -> Dialogue:
     """Answer as if the client had named another feeling, topic or cause: no reflection, at most half the empathy."""
-    template = rng.choice([t for t in RESPONSES[sound.kind] if set(_clients_words(t))] or RESPONSES["complex"])
-    kind = next(kind for kind, templates in RESPONSES.items() if template in templates)
+    kind = rng.choice(("restating", "complex", "complex", "warm", "warm", "balanced"))
+    template = rng.choice(RESPONSES[kind])
     own, other = sound.situation, imagine(rng)
-    if rng.choice(_clients_words(template)) == "feel":
-        other = replace(own, feeling=rng.choice([feeling for feeling in FEELINGS if feeling != own.feeling]))
-    elif "cause" in template.lower() and rng.random() < 0.5:
-        other = replace(own, cause=rng.choice([cause for cause in CAUSES[own.topic] if cause != own.cause]))
-    else:
-        topic = rng.choice([topic for topic in CAUSES if topic != own.topic])
-        other = replace(own, topic=topic, cause=rng.choice(CAUSES[topic]))
-    response = respond(other, template, rng)
-    return replace(sound, response=response, kind="mismatched", reflection=0, empathy=min(1, LABELS[kind][1]))
+    if rng.random() < 0.5:  # one word off, rather than another client altogether
+        if rng.choice(_clients_words(template)) == "feel":
+            other = replace(own, feeling=other.feeling)
+        elif "cause" in template.lower():
+            other = replace(own, cause=rng.choice([cause for cause in CAUSES[own.topic] if cause != own.cause]))
+        else:
+            other = replace(own, topic=other.topic)
+    twin = random.Random()
+    twin.setstate(rng.getstate())
+    response, fitting, empathy = respond(other, template, rng), respond(own, template, twin), min(1, LABELS[kind][1])
+    if response == fitting:
+        return sound
+    return replace(sound, response=response, kind="mismatched", reflection=0, empathy=empathy, fitting=fitting)
 
 
 def _clients_words(template: str) -> list[str]:
@@ -199,7 +207,8 @@ def _crowd(sound: Dialogue, rng: random.Random) -> Dialogue:
     """Go over the budget: a full reflection and a warm clause, or full warmth and a restated cause, are the middle."""
     template = rng.choice(RESPONSES[rng.choice(("complex", "warm"))])
     template += " {warm}" if template in RESPONSES["complex"] else " {Cause}."
-    return replace(sound, response=respond(sound.situation, template, rng), kind="crowded", reflection=1, empathy=1)
+    response = respond(sound.situation, template, rng)
+    return replace(sound, response=response, kind="crowded", reflection=1, empathy=1, fitting=response)
 
 
 def _corrupt(sound: Dialogue, rng: random.Random) -> Dialogue:
@@ -216,4 +225,4 @@ def _corrupt(sound: Dialogue, rng: random.Random) -> Dialogue:
     response = " ".join(broken[rng.choice(list(broken))])
     if response == sound.response:
         response = ""
-    return replace(sound, response=response, kind="corrupted", reflection=0, empathy=0)
+    return replace(sound, response=response, kind="corrupted", reflection=0, empathy=0, fitting=response)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from emorl.experiment import (
@@ -15,6 +16,7 @@ from emorl.experiment import (
 )
 from emorl.progress import Progress
 from emorl.quickstart.build import build
+from emorl.runs import Cost, write_json
 
 
 def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experiment:
@@ -23,7 +25,9 @@ def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experi
     start = time.perf_counter()
     progress.say(f"parts: a tiny chat policy and three reward models, made from a synthetic corpus, in {cache}")
     parts = build(cache, seed, progress.say)
-    progress.say(f"parts: ready after {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    progress.say(f"parts: ready after {seconds:.0f} s")
+    write_json(output / "quickstart" / "cost.json", asdict(Cost(seconds=seconds)))
     return Experiment(
         output=output,
         seed=seed,

@@ -122,8 +122,8 @@ def _train_as(
         cost.flush()
         run.finish()
     if report["collapsed"]:
-        progress.say(
-            f"[bold red]warning: policy {name} has collapsed[/]: distinct completions {report['distinct_share']:.2f}, "
+        progress.warn(
+            f"policy {name} has collapsed: distinct completions {report['distinct_share']:.2f}, "
             f"base {report['base_distinct_share']:.2f}; raise grpo.beta or lower grpo.learning_rate"
         )
     PartialState().wait_for_everyone()

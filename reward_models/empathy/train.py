@@ -90,9 +90,9 @@ def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
         [
             pairs,
             strong,  # one pair in six: seen twice
-            mismatched(specific, 1, rng),
+            mismatched(rng.sample(specific, len(specific) // 2), 1, rng),
             spliced(rng.sample(warm, len(warm) // 6), rng),
-            corrupted(rng.sample(warm, len(warm) // 2), 1, rng),
+            corrupted(rng.sample(pairs, len(pairs) // 5), 1, rng),
             generic(rng.sample(warm, len(warm) // 6), 1, rng),
         ],
         rng,

@@ -31,6 +31,7 @@ PAIR_FIELDS = {
     "simple_reflections": "simple reflection",
     "non_reflections": "non-reflection",
 }
+LONGEST = 80  # words of prompt and response together; longer ones cost a fifth of the time
 SPECIFIC_WORDS = 8  # a shorter client turn ("Yeah, right.") can be followed by anyone's reflection
 
 CARD = """# Reflection reward model
@@ -95,24 +96,32 @@ def read_data(folder: Path, seed: int) -> ReflectionData:
 
 
 def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The labelled pairs and what the model has to refuse, in the shares that made the attacks fail."""
+    """The labelled pairs and what the model has to refuse.
+
+    PAIR's reflections come three times: with more negatives made of their words than there are of them, the model
+    learned that a reflection's words mean 0 (AUC 0.59 on PAIR instead of 0.9).
+    """
     rng = random.Random(seed)
-    reflections = [pair for pair in pairs if pair.target > 0]
-    specific = [p for p in reflections if min(len(p.prompt.split()), len(p.response.split())) >= SPECIFIC_WORDS]
-    short = [p for p in reflections if p.group.startswith("pair") and p not in specific]
-    own = [pair for pair in specific + short if pair.group.startswith("pair")]
-    annomi_others = [p for p in pairs if p.target == 0 and not p.group.startswith("pair")]
-    kept = [pair for pair in pairs if pair.group.startswith("pair") or pair.target > 0]
+    pairs = [pair for pair in pairs if len(pair.prompt.split()) + len(pair.response.split()) <= LONGEST]
+    own = [pair for pair in pairs if pair.group.startswith("pair") and pair.target > 0]
+    others = [pair for pair in pairs if pair.group.startswith("pair") and pair.target == 0]
+    annomi = [pair for pair in pairs if not pair.group.startswith("pair")]
+    annomi_reflections = [pair for pair in annomi if pair.target > 0]
+    annomi_others = [pair for pair in annomi if pair.target == 0]
+    specific = [p for p in annomi_reflections if min(len(p.prompt.split()), len(p.response.split())) >= SPECIFIC_WORDS]
     return shuffled(
         [
-            kept,
-            rng.sample(annomi_others, min(len(annomi_others), 3 * len(own) // 2)),
+            *([own] * 3),
+            others,
+            annomi_reflections,
+            rng.sample(annomi_others, min(len(annomi_others), len(annomi_reflections))),
             mismatched(own, 2, rng),
-            mismatched([pair for pair in specific if pair not in own], 1, rng),
-            spliced(rng.sample(own, len(own) // 2), rng),
-            corrupted(own, 1, rng),
-            generic(rng.sample(own, len(own) // 2), 1, rng),
-            rng.sample(emptied := hollow(own, rng), len(emptied) // 2),
+            mismatched(specific, 1, rng),
+            spliced(rng.sample(own, len(own) // 4), rng),
+            corrupted(rng.sample(own, len(own) // 2), 1, rng),
+            corrupted(rng.sample(others, len(others) // 5), 1, rng),
+            generic(rng.sample(own, len(own) // 4), 1, rng),
+            rng.sample(emptied := hollow(own, rng), len(emptied) // 4),
         ],
         rng,
     )

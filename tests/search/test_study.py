@@ -147,7 +147,7 @@ def test_a_damaged_journal_is_refused_and_left_as_it_is(tmp_path, damage):
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:4]) + damage + b"".join(lines[4:]))
     content = journal.read_bytes()
-    with pytest.raises(UserError, match="is damaged and cannot be read as an Optuna journal.*restore it") as caught:
+    with pytest.raises(UserError, match=r"is damaged and cannot be read as an Optuna journal.*restore it") as caught:
         opened(journal)
     assert "\n" not in str(caught.value)
     assert journal.read_bytes() == content
@@ -157,13 +157,13 @@ def test_a_study_of_other_objectives_is_refused(tmp_path):
     opened(tmp_path / "j.log")
     with pytest.raises(UserError, match=r"holds a study of the objectives \['a', 'b'\], not \['b', 'a'\]"):
         open_study(tmp_path / "j.log", ["b", "a"], "s")
-    with pytest.raises(UserError, match="cannot be continued|holds a study of the objectives"):
+    with pytest.raises(UserError, match=r"cannot be continued|holds a study of the objectives"):
         open_study(tmp_path / "j.log", ["a"], "s")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/directory/x.db", "postgresql://nobody@127.0.0.1:1/x"])
 def test_a_storage_that_cannot_be_opened_is_one_line(url):
-    with pytest.raises(UserError, match="search.storage") as caught:
+    with pytest.raises(UserError, match=r"search\.storage") as caught:
         open_study(url, ["a"], "s")
     assert "\n" not in str(caught.value)
 

@@ -149,7 +149,7 @@ def test_a_wrong_training_setting_is_refused_before_a_model_loads(experiment, gr
 
 
 def test_an_unknown_objective_and_a_missing_base_are_refused(experiment, tmp_path):
-    with pytest.raises(UserError, match="no objective 'leters' .*did you mean 'letters'"):
+    with pytest.raises(UserError, match=r"no objective 'leters' .*did you mean 'letters'"):
         train(experiment(), "leters")
     lost = dataclasses.replace(experiment(), base=BaseConfig(model=str(tmp_path / "nothing")))
     with pytest.raises(UserError, match=r"base.model .*neither a folder here nor a model on the hub"):
