@@ -22,6 +22,7 @@ Its keys (with defaults):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. A user's mistake is one line on standard error and exit code 2, never a traceback."""
     _quiet_libraries()
+    sys.path.append(os.getcwd())  # objectives named package.module:attribute may lie beside the experiment
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

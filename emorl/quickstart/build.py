@@ -1,7 +1,8 @@
 """Builds the parts of the quickstart from our own corpus: a tiny chat policy, three reward models and prompts.
 
-The judges start from the policy's parameters: a decoder that has learned to answer already compares an answer with its
-prompt, which a tiny encoder does not learn from scratch in half a minute.
+The classifiers start from the policy's parameters and learn both labels in one training, with a third, denser target: which
+tokens of an answer do not fit this client. Without it they do not learn in half a minute to compare an answer with its
+prompt. Each is then saved by itself.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -17,29 +19,35 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from torch.nn import functional
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
+    BatchEncoding,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from emorl.quickstart import corpus, words
 from emorl.runs import only_process, write_text
 
-Progress = Callable[[str], None]
+Say = Callable[[str], None]
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+SPECIAL_TOKENS = [PAD, END, SYSTEM, USER, ASSISTANT]  # ids 0 to 4
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 POLICY_MIX = {"plain": 2.0, "restating": 1.0, "complex": 2.0, "kind": 1.0, "warm": 2.0, "balanced": 1.0}
 FLUENCY_MIX = {"plain": 12.0, "restating": 1.0, "complex": 1.0, "kind": 1.0, "warm": 1.0, "balanced": 1.0}
+
+
+OBJECTIVES = ("reflection", "empathy")
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,12 @@ class BuildConfig:
     layers: int = 2
     batch: int = 64
     base_steps: int = 420
-    judge_steps: int = 120
+    judge_batch: int = 32
+    judge_steps: int = 560
     fluency_steps: int = 60
     base_rate: float = 4e-3
-    judge_rate: float = 1e-3
+    judge_rate: float = 2e-3
+    fluency_rate: float = 1e-3
     prompts: int = 2000
 
 
@@ -69,9 +79,7 @@ class QuickstartParts:
     prompts: Path
 
 
-def build(
-    directory: Path, seed: int = 0, progress: Progress | None = None, config: BuildConfig | None = None
-) -> QuickstartParts:
+def build(directory: Path, seed: int = 0, progress: Say | None = None, config: BuildConfig | None = None) -> QuickstartParts:
     """Build what is missing under `directory`; other seeds, sizes or versions of the corpus get their own subdirectory.
 
     Each part appears whole or not at all. Same seed, same parts on the same machine.
@@ -81,7 +89,7 @@ def build(
     """
     config, say = config or BuildConfig(), progress or (lambda line: None)
     home = directory / _fingerprint(seed, config)
-    names = ("base", "reflection", "empathy", "fluency")
+    names = ("base", "judges/reflection", "judges/empathy", "fluency")
     parts = QuickstartParts(*(home / name for name in names), prompts=home / "prompts.jsonl")
     if all(path.exists() for path in asdict(parts).values()):
         return parts
@@ -90,15 +98,14 @@ def build(
             shutil.rmtree(leftover)
         _write_part(parts.base, lambda path: _build_base(path, seed, config, say), seed)
         _write_part(parts.fluency, lambda path: _build_fluency(path, parts.base, seed, config, say), seed)
-        for objective in ("reflection", "empathy"):
-            _write_part(home / objective, lambda path: _build_judge(path, parts.base, seed, config, say), seed)
+        _write_part(home / "judges", lambda path: _build_judges(path, parts.base, seed, config, say), seed)
         rows = corpus.write_prompts(seed, config.prompts)
         write_text(parts.prompts, "".join(json.dumps(row) + "\n" for row in rows))
     return parts
 
 
 def _fingerprint(seed: int, config: BuildConfig) -> str:
-    sources = [inspect.getsource(module) for module in (corpus, words)] + [inspect.getsource(_train)]
+    sources = [inspect.getsource(module) for module in (corpus, words, sys.modules[__name__])]
     return hashlib.sha256(repr((seed, astuple(config), sources)).encode()).hexdigest()[:12]
 
 
@@ -111,7 +118,7 @@ def _write_part(path: Path, write: Callable[[Path], None], seed: int) -> None:
         os.replace(Path(scratch) / path.name, path)
 
 
-def _build_base(path: Path, seed: int, config: BuildConfig, say: Progress) -> None:
+def _build_base(path: Path, seed: int, config: BuildConfig, say: Say) -> None:
     tokenizer = _train_tokenizer(seed, config)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -123,71 +130,97 @@ def _build_base(path: Path, seed: int, config: BuildConfig, say: Progress) -> No
             max_position_embeddings=256,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=SPECIAL_TOKENS.index(END),
+            pad_token_id=SPECIAL_TOKENS.index(PAD),
         )
     )
     _let_tokens_find_their_like(model)
     say(f"tiny chat policy: {model.num_parameters() / 1e6:.2f}M parameters, {config.base_steps} steps")
     dialogues = corpus.write_dialogues(seed, POLICY_MIX)
-    _train(
-        model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.base_steps, config.base_rate, say
-    )
+    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.base_steps, config.base_rate, say)
     _save(model, tokenizer, path)
 
 
-def _build_fluency(path: Path, base: Path, seed: int, config: BuildConfig, say: Progress) -> None:
+def _build_fluency(path: Path, base: Path, seed: int, config: BuildConfig, say: Say) -> None:
     say(f"fluency: a language model of its own, {config.fluency_steps} steps")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base)
     dialogues = corpus.write_dialogues(seed + 1, FLUENCY_MIX)
-    _train(
-        model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.judge_rate, say
-    )
+    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.fluency_rate, say)
     _save(model, tokenizer, path)
 
 
-def _build_judge(path: Path, base: Path, seed: int, config: BuildConfig, say: Progress) -> None:
-    objective = path.name
-    say(f"{objective}: a classifier of prompt and response, {config.judge_steps} steps")
+def _build_judges(path: Path, base: Path, seed: int, config: BuildConfig, say: Say) -> None:
+    say(f"reflection and empathy: two classifiers of prompt and response, {config.judge_steps} steps")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, id2label={0: objective})
+    decoder = LlamaForCausalLM.from_pretrained(base).model
+    heads = nn.ModuleDict({name: nn.Linear(config.hidden, 1, bias=False) for name in (*OBJECTIVES, "misfit")})
     dialogues = corpus.write_judged(seed + 2)
 
     def loss() -> torch.Tensor:
-        rows = list(islice(dialogues, config.batch))
-        inputs = tokenizer(
-            [row.prompt for row in rows], [row.response for row in rows], padding=True, return_tensors="pt"
-        )
-        targets = torch.tensor([getattr(row, objective) / 2 for row in rows])  # (B,)
-        return functional.binary_cross_entropy_with_logits(model(**inputs).logits[:, 0], targets)
+        rows = list(islice(dialogues, config.judge_batch))
+        return _judge_loss(decoder, heads, tokenizer, rows)
 
-    _train(model, loss, config.judge_steps, config.judge_rate, say)
-    _save(model, tokenizer, path)
+    _train(nn.ModuleList([decoder, heads]), loss, config.judge_steps, config.judge_rate, say)
+    for objective in OBJECTIVES:
+        config_of_one = LlamaConfig.from_pretrained(base, num_labels=1, id2label={0: objective})
+        model = LlamaForSequenceClassification(config_of_one)
+        model.model.load_state_dict(decoder.state_dict())
+        model.score.load_state_dict(heads[objective].state_dict())
+        _save(model, tokenizer, path / objective)
+
+
+def _judge_loss(
+    decoder: nn.Module, heads: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, rows: Sequence[corpus.Dialogue]
+) -> torch.Tensor:
+    """Both labels are read where the pair ends; the misfits already after the first layer, for the next ones to use."""
+    inputs = _encode(tokenizer, rows)
+    hidden = decoder(**inputs, output_hidden_states=True)
+    end = hidden.last_hidden_state[:, -1]  # (B, H), padded left
+    scores = torch.cat([heads[name](end) for name in OBJECTIVES], dim=1)  # (B, 2)
+    labels = torch.tensor([[row.reflection / 2, row.empathy / 2] for row in rows])
+    answers = _answer_mask(inputs, tokenizer)
+    fitting = [torch.tensor(ids) for ids in tokenizer([row.fitting for row in rows])["input_ids"]]
+    misfits = torch.stack([~torch.isin(row, ids.long()) for row, ids in zip(inputs["input_ids"], fitting, strict=True)])
+    misfits &= inputs["input_ids"] != tokenizer.eos_token_id
+    flags = heads["misfit"](hidden.hidden_states[1])[..., 0]  # (B, T)
+    cross_entropy = functional.binary_cross_entropy_with_logits
+    return cross_entropy(scores, labels) + 3 * cross_entropy(
+        flags[answers], misfits[answers].float(), pos_weight=torch.tensor(3.0)
+    )
 
 
 def _answer_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dialogues: Iterator[corpus.Dialogue], config: BuildConfig
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogues: Iterator[corpus.Dialogue], config: BuildConfig
 ) -> torch.Tensor:
     """Mean negative log likelihood of the responses' tokens: learning to write prompts as well takes thrice the steps."""
-    rows = list(islice(dialogues, config.batch))
-    inputs = tokenizer([row.prompt for row in rows], [row.response for row in rows], padding=True, return_tensors="pt")
-    tokens = inputs["input_ids"]  # (B, T)
-    answers = (tokens == tokenizer.convert_tokens_to_ids(ASSISTANT)).cumsum(dim=1) > 0
-    answers = (answers & (inputs["attention_mask"] == 1))[:, :-1] & (inputs["attention_mask"][:, 1:] == 1)
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, :-1]  # (B, T - 1, H)
-    return functional.cross_entropy(model.lm_head(hidden[answers]), tokens[:, 1:][answers])
+    inputs = _encode(tokenizer, list(islice(dialogues, config.batch)))
+    hidden = model.get_decoder()(**inputs).last_hidden_state  # (B, T, H)
+    answers = _answer_mask(inputs, tokenizer)[:, 1:]
+    logits = model.lm_head(hidden[:, :-1][answers])  # (answer tokens, V)
+    return functional.cross_entropy(logits, inputs["input_ids"][:, 1:][answers])
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[corpus.Dialogue]) -> BatchEncoding:
+    return tokenizer([row.prompt for row in rows], [row.response for row in rows], padding=True, return_tensors="pt")
+
+
+def _answer_mask(inputs: BatchEncoding, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """(B, T): the tokens after <|assistant|>, the end token included; padding is on the left."""
+    assistant = inputs["input_ids"] == tokenizer.convert_tokens_to_ids(ASSISTANT)
+    return (assistant.cumsum(dim=1) > 0) & ~assistant
 
 
 def _let_tokens_find_their_like(model: LlamaForCausalLM) -> None:
     """Change the initial attention to look for similar tokens and copy them, so that quoting the prompt is soon learned."""
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-            layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+        for module in model.modules():
+            if isinstance(module, LlamaAttention):
+                module.k_proj.weight.copy_(module.q_proj.weight)
+                module.o_proj.weight.copy_(module.v_proj.weight.T)
 
 
-def _train(model: PreTrainedModel, loss: Callable[[], torch.Tensor], steps: int, rate: float, say: Progress) -> None:
+def _train(model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, rate: float, say: Say) -> None:
     """Change the model's parameters by `steps` steps of AdamW; `loss` draws its own batch."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -205,9 +238,7 @@ def _train(model: PreTrainedModel, loss: Callable[[], torch.Tensor], steps: int,
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     model.eval()
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -220,7 +251,7 @@ def _train_tokenizer(seed: int, config: BuildConfig) -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
-        special_tokens=[PAD, END, SYSTEM, USER, ASSISTANT],
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

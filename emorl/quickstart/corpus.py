@@ -119,9 +119,7 @@ def in_second_person(text: str) -> str:
 
 def imagine(rng: random.Random) -> Situation:
     topic = rng.choice(list(CAUSES))
-    return Situation(
-        topic, rng.choice(list(FEELINGS)), rng.choice(CAUSES[topic]), rng.choice(TIMES), rng.choice(DETAILS)
-    )
+    return Situation(topic, rng.choice(list(FEELINGS)), rng.choice(CAUSES[topic]), rng.choice(TIMES), rng.choice(DETAILS))
 
 
 def state(situation: Situation, rng: random.Random) -> str:

@@ -143,6 +143,14 @@ TIMES = (
     "for two months",
     "for so long",
     "all winter",
+    "since Christmas",
+    "since Friday",
+    "since my birthday",
+    "since the wedding",
+    "for three years",
+    "for six months",
+    "all week",
+    "all year",
 )
 
 DETAILS = (

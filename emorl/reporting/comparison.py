@@ -153,7 +153,7 @@ def _write_tables(experiment: Experiment, systems: Sequence[System], path: Path)
 def summary_table(
     systems: Sequence[System], tables: Mapping[str, pd.DataFrame], objectives: Sequence[str], collapse_share: float
 ) -> pd.DataFrame:
-    """One row per system: system, kind, weight_<policy>, what `summarize` gives, seconds per prompt is not among them;
+    """One row per system: system, kind, weight_<policy>, what `summarize` gives, completions, tokens;
     `collapsed` where distinct completions fell under `collapse_share` of the base's."""
     rows = [
         {
@@ -174,10 +174,11 @@ def summary_table(
 
 
 def indicators(summary: pd.DataFrame, objectives: Sequence[str]) -> dict[str, Any]:
-    """Hypervolumes (direction: maximise) of what each method offers; the reference point is the worst score of each
-    objective over all compared systems."""
+    """Hypervolumes (direction: maximise) of what each method offers. The reference point lies below the worst score of
+    each objective over all compared systems, by a tenth of their range, so that the extremes of a front count too."""
     names = list(objectives)
-    reference = summary[names].min().tolist()
+    worst, best = summary[names].min(), summary[names].max()
+    reference = (worst - 0.1 * (best - worst)).tolist()
     groups = {
         "base": ["base"],
         "policies alone": ["policy"],

@@ -86,7 +86,7 @@ def test_a_kill_leaves_no_half_part_and_the_next_call_finishes(tmp_path, monkeyp
         patch.setattr(builder, "_save", die)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path, config=TINY)
-    (home,) = tmp_path.iterdir()
+    (home,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert not (home / "base").exists()
     (home / ".building-left-by-sigkill").mkdir()
     parts = build(tmp_path, config=TINY)
