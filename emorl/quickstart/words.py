@@ -143,14 +143,6 @@ TIMES = (
     "for two months",
     "for so long",
     "all winter",
-    "since Christmas",
-    "since Friday",
-    "since my birthday",
-    "since the wedding",
-    "for three years",
-    "for six months",
-    "all week",
-    "all year",
 )
 
 DETAILS = (
