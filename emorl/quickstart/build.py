@@ -32,10 +32,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from emorl.progress import Progress, Silent
 from emorl.quickstart import corpus, words
 from emorl.runs import only_process, write_text
-
-Say = Callable[[str], None]
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = [PAD, END, SYSTEM, USER, ASSISTANT]  # ids 0 to 4
@@ -57,11 +56,11 @@ class BuildConfig:
     vocabulary: int = 1280
     hidden: int = 128
     layers: int = 2
-    batch: int = 64
-    base_steps: int = 420
+    batch: int = 32
+    base_steps: int = 800
     judge_batch: int = 32
     judge_steps: int = 560
-    fluency_steps: int = 60
+    fluency_steps: int = 120
     base_rate: float = 4e-3
     judge_rate: float = 2e-3
     fluency_rate: float = 1e-3
@@ -79,7 +78,7 @@ class QuickstartParts:
     prompts: Path
 
 
-def build(directory: Path, seed: int = 0, progress: Say | None = None, config: BuildConfig | None = None) -> QuickstartParts:
+def build(directory: Path, seed: int = 0, progress: Progress | None = None, config: BuildConfig | None = None) -> QuickstartParts:
     """Build what is missing under `directory`; other seeds, sizes or versions of the corpus get their own subdirectory.
 
     Each part appears whole or not at all. Same seed, same parts on the same machine.
@@ -87,7 +86,7 @@ def build(directory: Path, seed: int = 0, progress: Say | None = None, config: B
     Raises:
         UserError: another process is building there.
     """
-    config, say = config or BuildConfig(), progress or (lambda line: None)
+    config, progress = config or BuildConfig(), progress or Silent()
     home = directory / _fingerprint(seed, config)
     names = ("base", "judges/reflection", "judges/empathy", "fluency")
     parts = QuickstartParts(*(home / name for name in names), prompts=home / "prompts.jsonl")
@@ -96,9 +95,9 @@ def build(directory: Path, seed: int = 0, progress: Say | None = None, config: B
     with only_process(home), torch.random.fork_rng(devices=[]):
         for leftover in home.glob(".building-*"):
             shutil.rmtree(leftover)
-        _write_part(parts.base, lambda path: _build_base(path, seed, config, say), seed)
-        _write_part(parts.fluency, lambda path: _build_fluency(path, parts.base, seed, config, say), seed)
-        _write_part(home / "judges", lambda path: _build_judges(path, parts.base, seed, config, say), seed)
+        _write_part(parts.base, lambda path: _build_base(path, seed, config, progress), seed)
+        _write_part(parts.fluency, lambda path: _build_fluency(path, parts.base, seed, config, progress), seed)
+        _write_part(home / "judges", lambda path: _build_judges(path, parts.base, seed, config, progress), seed)
         rows = corpus.write_prompts(seed, config.prompts)
         write_text(parts.prompts, "".join(json.dumps(row) + "\n" for row in rows))
     return parts
@@ -118,7 +117,7 @@ def _write_part(path: Path, write: Callable[[Path], None], seed: int) -> None:
         os.replace(Path(scratch) / path.name, path)
 
 
-def _build_base(path: Path, seed: int, config: BuildConfig, say: Say) -> None:
+def _build_base(path: Path, seed: int, config: BuildConfig, progress: Progress) -> None:
     tokenizer = _train_tokenizer(seed, config)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -135,23 +134,23 @@ def _build_base(path: Path, seed: int, config: BuildConfig, say: Say) -> None:
         )
     )
     _let_tokens_find_their_like(model)
-    say(f"tiny chat policy: {model.num_parameters() / 1e6:.2f}M parameters, {config.base_steps} steps")
+    progress.say(f"  a tiny chat policy, {model.num_parameters() / 1e6:.2f}M parameters, from scratch")
     dialogues = corpus.write_dialogues(seed, POLICY_MIX)
-    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.base_steps, config.base_rate, say)
+    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.base_steps, config.base_rate, progress)
     _save(model, tokenizer, path)
 
 
-def _build_fluency(path: Path, base: Path, seed: int, config: BuildConfig, say: Say) -> None:
-    say(f"fluency: a language model of its own, {config.fluency_steps} steps")
+def _build_fluency(path: Path, base: Path, seed: int, config: BuildConfig, progress: Progress) -> None:
+    progress.say("  fluency: a language model of its own")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     model = LlamaForCausalLM.from_pretrained(base)
     dialogues = corpus.write_dialogues(seed + 1, FLUENCY_MIX)
-    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.fluency_rate, say)
+    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.fluency_rate, progress)
     _save(model, tokenizer, path)
 
 
-def _build_judges(path: Path, base: Path, seed: int, config: BuildConfig, say: Say) -> None:
-    say(f"reflection and empathy: two classifiers of prompt and response, {config.judge_steps} steps")
+def _build_judges(path: Path, base: Path, seed: int, config: BuildConfig, progress: Progress) -> None:
+    progress.say("  reflection and empathy: two classifiers of prompt and response")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     decoder = LlamaForCausalLM.from_pretrained(base).model
     heads = nn.ModuleDict({name: nn.Linear(config.hidden, 1, bias=False) for name in (*OBJECTIVES, "misfit")})
@@ -161,7 +160,7 @@ def _build_judges(path: Path, base: Path, seed: int, config: BuildConfig, say: S
         rows = list(islice(dialogues, config.judge_batch))
         return _judge_loss(decoder, heads, tokenizer, rows)
 
-    _train(nn.ModuleList([decoder, heads]), loss, config.judge_steps, config.judge_rate, say)
+    _train(nn.ModuleList([decoder, heads]), loss, config.judge_steps, config.judge_rate, progress)
     for objective in OBJECTIVES:
         config_of_one = LlamaConfig.from_pretrained(base, num_labels=1, id2label={0: objective})
         model = LlamaForSequenceClassification(config_of_one)
@@ -220,20 +219,20 @@ def _let_tokens_find_their_like(model: LlamaForCausalLM) -> None:
                 module.o_proj.weight.copy_(module.v_proj.weight.T)
 
 
-def _train(model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, rate: float, say: Say) -> None:
+def _train(model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, rate: float, progress: Progress) -> None:
     """Change the model's parameters by `steps` steps of AdamW; `loss` draws its own batch."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for step in range(1, steps + 1):
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % max(1, steps // 10) == 0:
-            say(f"  step {step}/{steps}, loss {value.item():.3f}")
+    with progress.bar("  steps", steps) as bar:
+        for _ in range(steps):
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.advance(1, f"loss {value.item():.3f}")
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:

@@ -24,7 +24,7 @@ def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experi
     cache = Path(os.environ.get("EMORL_CACHE", "~/.cache/emorl")).expanduser() / "quickstart"
     start = time.perf_counter()
     progress.say(f"parts: a tiny chat policy and three reward models, made from a synthetic corpus, in {cache}")
-    parts = build(cache, seed, progress.say)
+    parts = build(cache, seed, progress)
     seconds = time.perf_counter() - start
     progress.say(f"parts: ready after {seconds:.0f} s")
     write_json(output / "quickstart" / "cost.json", asdict(Cost(seconds=seconds)))
@@ -51,5 +51,5 @@ def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experi
             },
             convergence=ConvergenceConfig(threshold=0.0),
         ),
-        search=SearchConfig(levels=4, batch=16),
+        search=SearchConfig(levels=4, batch=16, scalarize="minimum"),
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from emorl.progress import Silent
 from emorl.quickstart import build as builder
 from emorl.quickstart.build import BuildConfig, build
 
@@ -55,10 +56,13 @@ def test_judges_read_the_pair_as_the_chat_template_renders_it(parts):
 
 def test_a_second_call_builds_nothing(parts):
     before = {path: path.stat().st_mtime_ns for path in asdict(parts).values()}
-    lines = []
-    assert build(parts.base.parent.parent, seed=0, progress=lines.append, config=TINY) == parts
+
+    class Loud(Silent):
+        def say(self, line):
+            raise AssertionError(f"built again: {line}")
+
+    assert build(parts.base.parent.parent, seed=0, progress=Loud(), config=TINY) == parts
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert lines == []
 
 
 def test_same_seed_same_parts_and_another_seed_another_place(parts, tmp_path):
