@@ -137,9 +137,7 @@ def check_same_tokens(methods: dict[str, Decode], prompts: Tensor) -> None:
             raise SystemExit(f"{label} gives other tokens than {reference}: they do not compute the same thing.")
 
 
-def measure(
-    methods: dict[str, Decode], prompts: Tensor, repeats: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+def measure(methods: dict[str, Decode], prompts: Tensor, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds per decode, by method; the order is rotated from repeat to repeat."""
     seconds: dict[str, list[float]] = {label: [] for label in methods}
     labels = list(methods)
@@ -165,9 +163,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def lower_bound(
-    base: PreTrainedModel, paths: list[Path], batch: int, tokens: int, machine: tuple[float, float]
-) -> float:
+def lower_bound(base: PreTrainedModel, paths: list[Path], batch: int, tokens: int, machine: tuple[float, float]) -> float:
     """Seconds no float32 forward of `tokens` tokens can beat: read all parameters once, or do the multiplications."""
     head = base.get_output_embeddings().weight.numel()
     parameters = sum(parameter.numel() for parameter in base.parameters())  # the head is the embedding, counted once
@@ -176,9 +172,7 @@ def lower_bound(
     return max((parameters + lora) * 4 / machine[0], 2 * multiplications / machine[1])
 
 
-def run_case(
-    size: str, batch: int, options: argparse.Namespace, machine: tuple[float, float]
-) -> list[dict[str, object]]:
+def run_case(size: str, batch: int, options: argparse.Namespace, machine: tuple[float, float]) -> list[dict[str, object]]:
     """One row per method for one model size and batch size."""
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         base, paths = make_policies(size, options.rank, max(options.policies), Path(directory))

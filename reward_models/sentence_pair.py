@@ -97,7 +97,9 @@ class SentencePair:
     def __init__(self, model: str, batch_size: int = 256) -> None:
         folder = Path(model)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no reward model (no config.json); train it first, reward_models/README.md says how")
+            raise ValueError(
+                f"{folder} holds no reward model (no config.json); train it first, reward_models/README.md says how"
+            )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._encoder = SentenceEncoder(config["encoder"])
         self._head = make_head(self._encoder, config["hidden"])

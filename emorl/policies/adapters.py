@@ -153,9 +153,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         if parameter.is_meta or parameter.numel() == 0:
-            raise ValueError(
-                f"The parameter {name!r} is not in memory; take the fingerprint before sharding or offloading."
-            )
+            raise ValueError(f"The parameter {name!r} is not in memory; take the fingerprint before sharding or offloading.")
         flat = parameter.detach().reshape(-1)
         steps = torch.arange(_SAMPLES_PER_PARAMETER, device=flat.device)
         positions = steps * (flat.numel() - 1) // (_SAMPLES_PER_PARAMETER - 1)

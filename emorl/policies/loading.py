@@ -25,9 +25,7 @@ def load_base(config: BaseConfig) -> Base:
         UserError: no such folder or hub id, not a decoder-only model, no safetensors weights.
     """
     tokenizer = load_tokenizer(config.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=getattr(torch, config.dtype), use_safetensors=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True)
     model.requires_grad_(False)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     return Base(model.eval(), tokenizer)

@@ -20,9 +20,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchE
     if isinstance(prompts[0], str):
         ids = tokenizer(text=list(prompts))["input_ids"]
     else:
-        encoded: Any = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True)
         ids = encoded["input_ids"]
     rows: Any = {"input_ids": ids}
     return tokenizer.pad(rows, padding_side="left", return_tensors="pt")

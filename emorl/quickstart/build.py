@@ -78,7 +78,9 @@ class QuickstartParts:
     prompts: Path
 
 
-def build(directory: Path, seed: int = 0, progress: Progress | None = None, config: BuildConfig | None = None) -> QuickstartParts:
+def build(
+    directory: Path, seed: int = 0, progress: Progress | None = None, config: BuildConfig | None = None
+) -> QuickstartParts:
     """Build what is missing under `directory`; other seeds, sizes or versions of the corpus get their own subdirectory.
 
     Each part appears whole or not at all. Same seed, same parts on the same machine.
@@ -145,7 +147,9 @@ def _build_fluency(path: Path, base: Path, seed: int, config: BuildConfig, progr
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     model = LlamaForCausalLM.from_pretrained(base)
     dialogues = corpus.write_dialogues(seed + 1, FLUENCY_MIX)
-    _train(model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.fluency_rate, progress)
+    _train(
+        model, lambda: _answer_loss(model, tokenizer, dialogues, config), config.fluency_steps, config.fluency_rate, progress
+    )
     _save(model, tokenizer, path)
 
 

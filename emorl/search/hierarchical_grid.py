@@ -31,8 +31,7 @@ class HierarchicalGrid:
 
     def __call__(self, finished: Sequence[Finished]) -> list[Params] | None:
         values = {
-            tuple(self.space.vector(trial.params)): value
-            for trial, value in zip(finished, self.value(finished), strict=True)
+            tuple(self.space.vector(trial.params)): value for trial, value in zip(finished, self.value(finished), strict=True)
         }
         low, high = (0.0,) * len(self.space.policies), (1.0,) * len(self.space.policies)
         for _ in range(self.levels):

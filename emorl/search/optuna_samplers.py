@@ -98,7 +98,5 @@ class OptunaProposer:
 
     def _add(self, trial: Finished, values: list[float]) -> None:
         self._shadow.add_trial(
-            create_trial(
-                params=dict(trial.params), distributions=dict[str, Any](self._space.distributions), values=values
-            )
+            create_trial(params=dict(trial.params), distributions=dict[str, Any](self._space.distributions), values=values)
         )

@@ -165,9 +165,7 @@ class _Evaluator:
         except ValueError as error:
             raise UserError(str(error)) from None
         generation = {**experiment.generation, **experiment.search.generation}
-        return cls(
-            ensemble, base, splits.validation, objectives, space, generation, experiment.search.samples, experiment.seed
-        )
+        return cls(ensemble, base, splits.validation, objectives, space, generation, experiment.search.samples, experiment.seed)
 
     def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
         if self.generation.get("do_sample", False):  # alone, so that all candidates see the same random numbers

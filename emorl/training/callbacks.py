@@ -114,9 +114,7 @@ class CostCallback(TrainerCallback):
         assert metrics is not None
         completions = int(metrics["eval_completions"])
         self.add(
-            Cost(
-                prompts=completions, completions=completions, tokens=int(metrics["eval_tokens"]), reward_calls=completions
-            )
+            Cost(prompts=completions, completions=completions, tokens=int(metrics["eval_tokens"]), reward_calls=completions)
         )
         self.flush()
 

@@ -112,9 +112,11 @@ def _train_as(
     progress.say(f"policy {name}: training with GRPO, at most {grpo.max_steps} steps")
     cost = CostCallback(run)
     trainer = _build_trainer(experiment, name, grpo, lora, cost)
+    checkpoint = _last_complete_checkpoint(path / CHECKPOINTS)
+    trainer.args.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     with progress.bar(f"train {name}", grpo.max_steps) as bar:
         trainer.add_callback(ProgressCallback(bar))
-        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(run_directory(experiment, name) / CHECKPOINTS))
+        trainer.train(resume_from_checkpoint=checkpoint)
     report = _outcome(trainer, name)
     if run is not None:
         _save_policy(trainer, path / POLICY_DIRECTORY, name)
@@ -223,9 +225,7 @@ class PolicyTrainer(GRPOTrainer):
         return metrics
 
 
-def _build_trainer(
-    experiment: Experiment, name: str, grpo: GRPOConfig, lora: LoraConfig, cost: CostCallback
-) -> PolicyTrainer:
+def _build_trainer(experiment: Experiment, name: str, grpo: GRPOConfig, lora: LoraConfig, cost: CostCallback) -> PolicyTrainer:
     splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
     objective = load_objective(name, experiment.objectives[name])
     base = load_base(experiment.base)
