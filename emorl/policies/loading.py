@@ -1,5 +1,6 @@
-"""Loads a base model with its tokenizer; safetensors only, never a pickle."""
+"""Loads a base model with its tokenizer, and the policies trained on it; safetensors only, never a pickle."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from emorl.config import UserError
 from emorl.experiment import BaseConfig
+from emorl.policies.adapters import Adapter, read_adapter
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,32 @@ def load_base(config: BaseConfig) -> Base:
         UserError: no such folder or hub id, not a decoder-only model, no safetensors weights.
     """
     tokenizer = load_tokenizer(config.model)
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"base.model {config.model!r} cannot be loaded from safetensors: {reason:.160}") from None
     model.requires_grad_(False)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     return Base(model.eval(), tokenizer)
+
+
+def read_policies(directories: Mapping[str, Path], base: Base) -> dict[str, Adapter]:
+    """The adapters of several policies by name, in order.
+
+    Raises:
+        UserError: what is there is no plain LoRA adapter, or was trained with another tokenizer than the base's.
+    """
+    vocabulary, adapters = base.tokenizer.get_vocab(), {}
+    for name, directory in directories.items():
+        try:
+            adapters[name] = read_adapter(directory)
+        except ValueError as error:
+            raise UserError(f"policy {name!r}: {error}") from None
+        saved = (directory / "tokenizer_config.json").is_file()
+        if saved and AutoTokenizer.from_pretrained(directory).get_vocab() != vocabulary:
+            raise UserError(f"policy {name!r} in {directory} was trained with another tokenizer than the base's; train it anew")
+    return adapters
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

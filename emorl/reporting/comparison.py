@@ -23,8 +23,7 @@ from emorl.evaluation.pareto import front, hypervolume
 from emorl.evaluation.scoring import cost_of, evaluate, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import load_objective
-from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import load_base, load_tokenizer
+from emorl.policies.loading import load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import Run, only_process, open_run, write_json, written_whole
@@ -100,7 +99,7 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
     base = load_base(experiment.base)
-    adapters = {name: read_adapter(path) for name, path in policy_directories(experiment).items()}
+    adapters = read_policies(policy_directories(experiment), base)
     include_base = any(BASE_POLICY in system.weights for system in systems)
     try:
         models: dict[str, PreTrainedModel] = {

@@ -8,8 +8,7 @@ from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config import UserError
 from emorl.evaluation.scoring import generate
 from emorl.experiment import Experiment
-from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import load_base
+from emorl.policies.loading import load_base, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.search.preference import choose
 from emorl.search.weight_search import read_result
@@ -28,7 +27,7 @@ def generate_lines(
     if not prompts:
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
     base = load_base(experiment.base)
-    adapters = {name: read_adapter(path) for name, path in policy_directories(experiment).items()}
+    adapters = read_policies(policy_directories(experiment), base)
     ensemble = HiddenStateEnsemble(
         base.model, adapters, list(point["weights"].values()), include_base=experiment.search.include_base
     )

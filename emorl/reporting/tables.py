@@ -12,9 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from emorl.reporting.results import BASE, BEST, Results, cost_table, generations, read_results
-
-__all__ = ["comparison_json", "cost_table", "print_comparison", "print_front"]
+from emorl.reporting.results import BASE, BEST, Results, generations, read_results
 
 _FILE_WIDTH = 120  # columns where the output is no terminal
 _SAMPLE_PROMPTS = 2

@@ -24,8 +24,7 @@ from emorl.evaluation.scoring import cost_of, evaluate, mean_and_error
 from emorl.experiment import Experiment, SearchConfig
 from emorl.objectives.loading import Objective, check_objectives, load_objective
 from emorl.objectives.scalarize import importance_of, scalarize
-from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import Base, load_base, load_tokenizer
+from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import Cost, open_run, read_json, write_json, written_whole
@@ -159,9 +158,9 @@ class _Evaluator:
         splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
         objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
         base = load_base(experiment.base)
-        read = {name: read_adapter(path) for name, path in adapters.items()}
+        policies = read_policies(adapters, base)
         try:
-            ensemble = HiddenStateEnsemble(base.model, read, include_base=experiment.search.include_base)
+            ensemble = HiddenStateEnsemble(base.model, policies, include_base=experiment.search.include_base)
         except ValueError as error:
             raise UserError(str(error)) from None
         generation = {**experiment.generation, **experiment.search.generation}
