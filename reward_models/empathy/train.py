@@ -23,8 +23,8 @@ from reward_models.agreement import (
     pair_scores,
     rank_correlation,
 )
+from reward_models.command import RewardModel, run
 from reward_models.pair_data import Pair, corrupted, generic, hold_out, mismatched, read_rows, shuffled, spliced
-from reward_models.training_command import train_and_measure
 
 MECHANISMS = ("emotional_reaction", "interpretation", "exploration")
 FULL_SUM = 4
@@ -33,9 +33,14 @@ SPECIFIC_WORDS = 10  # a shorter response ("I'm sorry, friend.") can answer anyo
 
 CARD = """# Empathy reward model
 
-How much empathy the response shows to this person, in [0, 1]: EPITOME's emotional reaction + interpretation + exploration
-(each 0 to 2) over 4, at most 1; a response to someone else 0. Trained by `reward_models/empathy/train.py` on EPITOME
-(academic use). Load it with `reward_models.sentence_pair.SentencePair(model=this_folder)`.
+The score of (what a person wrote, response) is how much empathy the response shows to this person, in [0, 1]:
+EPITOME's emotional reaction + interpretation + exploration (each 0 to 2) over 4, at most 1; a response to someone else
+0. Trained by
+`reward_models/empathy/train.py` on EPITOME (academic use).
+
+{figures}
+
+Encoder {encoder}, seed {seed}, {pairs} training pairs, {seconds:.0f} s.
 """
 
 
@@ -99,7 +104,6 @@ def measure(score: Score, data: EmpathyData, seed: int) -> dict[str, float]:
     some = [value for value, pair in zip(scores, data.test, strict=True) if pair.target > 0]
     none = [value for value, pair in zip(scores, data.test, strict=True) if pair.target == 0]
     strong = [pair for pair in data.test if pair.target >= STRONG]
-    fixed = [pair.response for pair in data.training if pair.target >= STRONG]
     specific = [p for p in data.test if p.target > 0 and len(p.response.split()) >= SPECIFIC_WORDS]
     wrong = pair_scores(score, mismatched(specific, 2, random.Random(seed)))
     everything = with_negatives(data.test, seed)
@@ -120,7 +124,7 @@ def measure(score: Score, data: EmpathyData, seed: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads, trains, calibrates, measures, saves; 2 for a mistake in the call."""
-    return train_and_measure(argv, __doc__ or "", CARD, read_data, with_negatives, measure)
+    return run(RewardModel(read_data, with_negatives, measure, CARD), __doc__, argv)
 
 
 if __name__ == "__main__":

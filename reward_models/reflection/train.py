@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from reward_models.agreement import Score, attack_table, auc, calibration_error, pair_scores
+from reward_models.command import RewardModel, run
 from reward_models.pair_data import Pair, corrupted, generic, hold_out, hollow, mismatched, read_rows, shuffled, spliced
-from reward_models.training_command import train_and_measure
 
 TARGETS = {"complex reflection": 1.0, "simple reflection": 0.6, "non-reflection": 0.0}
 PAIR_FIELDS = {
@@ -23,14 +23,18 @@ PAIR_FIELDS = {
     "simple_reflections": "simple reflection",
     "non_reflections": "non-reflection",
 }
-LONGEST = 80  # words of prompt and response together: what is longer is left out of training, not of the measurement
+LONGEST = 80  # words of prompt and response together; longer ones cost a fifth of the time
 SPECIFIC_WORDS = 8  # a shorter client turn ("Yeah, right.") can be followed by anyone's reflection
 
 CARD = """# Reflection reward model
 
-How far the response reflects what this client said, in [0, 1]: complex reflection 1, simple reflection 0.6; questions,
-advice and reflections of someone else 0. Trained by `reward_models/reflection/train.py` on PAIR (Apache-2.0 repository)
-and AnnoMI (released for research). Load it with `reward_models.sentence_pair.SentencePair(model=this_folder)`.
+The score of (client prompt, counsellor response) is how far the response reflects what this client said, in
+[0, 1]: complex reflection 1, simple reflection 0.6, questions, advice and reflections of someone else 0. Trained by
+`reward_models/reflection/train.py` on PAIR and AnnoMI (PAIR: Apache-2.0 repository; AnnoMI: released for research).
+
+{figures}
+
+Encoder {encoder}, seed {seed}, {pairs} training pairs, {seconds:.0f} s.
 """
 
 
@@ -116,7 +120,6 @@ def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 def measure(score: Score, data: ReflectionData, seed: int) -> dict[str, float]:
     """Agreement with the held-out labels, and the attacks."""
-    fixed = [pair.response for pair in data.training if pair.group.startswith("pair")]
 
     def by_kind(pairs: Sequence[Pair]) -> dict[str, list[float]]:
         scores: dict[str, list[float]] = {kind: [] for kind in TARGETS}
@@ -157,7 +160,7 @@ def measure(score: Score, data: ReflectionData, seed: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads, trains, calibrates, measures, saves; 2 for a mistake in the call."""
-    return train_and_measure(argv, __doc__ or "", CARD, read_data, with_negatives, measure)
+    return run(RewardModel(read_data, with_negatives, measure, CARD), __doc__, argv)
 
 
 if __name__ == "__main__":
