@@ -3,7 +3,8 @@
 `HiddenStateEnsemble` is EMORL's aggregation (arXiv 2505.02579, section on hidden-state aggregation): the policies' last
 hidden states, all computed on the same prefix, are averaged with weights and go through the shared head once. That is
 exactly the weighted average of the policies' logits, a product of experts. Departures from the authors' code: one
-shared base with stacked adapters instead of K models, a KV cache, batches with padding, sampling and beams.
+shared base with stacked adapters instead of K models, a KV cache, batches with padding, sampling and beams; of an
+encoder-decoder, each policy's encoder runs once, not once per token.
 `ParameterAverage` is its rival with the same interface: the weighted sum of the adapters, one row per sequence.
 """
 
@@ -18,21 +19,33 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from emorl.aggregation.row_cache import RowCache, has_only_full_attention
 from emorl.aggregation.stacked_lora import (
     AggregatingHead,
     StackedLoraLinear,
     SummedLoraLinear,
+    current_mixing,
+    mixing,
     policy_rows,
-    row_weights,
     stack_adapters,
 )
 from emorl.policies.adapters import Adapter, base_fingerprint, read_adapter
 
 BASE_POLICY = "base"
-_NEEDED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+_NEEDED_OF_DECODERS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+_NEEDED_OF_ENCODER_DECODERS = ("attention_mask", "decoder_attention_mask", "encoder_outputs", "past_key_values")
 
 Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
 
@@ -84,13 +97,13 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
     @classmethod
     def _check_base(cls, base_model: PreTrainedModel) -> None:
         name = type(base_model).__name__
-        if base_model.config.is_encoder_decoder:
-            raise ValueError(f"{name} is an encoder-decoder; only decoder-only models are supported yet.")
-        missing = [key for key in _NEEDED_ARGUMENTS if key not in inspect.signature(base_model.forward).parameters]
+        needed = _NEEDED_OF_ENCODER_DECODERS if base_model.config.is_encoder_decoder else _NEEDED_OF_DECODERS
+        missing = [key for key in needed if key not in inspect.signature(base_model.forward).parameters]
         if missing or base_model.get_output_embeddings() is None:
             raise ValueError(
-                f"{name} cannot be combined (its forward lacks {missing or 'an output head'}); expected a causal "
-                "language model of transformers with a key-value cache, from AutoModelForCausalLM and without adapters."
+                f"{name} cannot be combined (its forward lacks {missing or 'an output head'}); expected a language model "
+                "of transformers with a key-value cache, from AutoModelForCausalLM or AutoModelForSeq2SeqLM and without "
+                "adapters."
             )
 
     @property
@@ -103,9 +116,10 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         self._weights_by_row(weights, 1)  # checks them
         self._weights: tuple[float, ...] = tuple(float(weight) for weight in weights)
 
+    @property
     @abstractmethod
-    def _model_rows(self, tensor: Tensor | None) -> Tensor | None:
-        """The rows the model computes for a tensor (B, ...) with one row per sequence."""
+    def _has_rows_by_policy(self) -> bool:
+        """Whether each policy has a row of its own for every sequence."""
 
     def forward(
         self,
@@ -114,43 +128,90 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         weights: Weights | None = None,
+        active: tuple[int, ...] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) of the combined policies for input_ids (B, T), with `weights` (K,) or (B, K)."""
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
-            raise ValueError("Neither input_ids nor inputs_embeds given; expected one of them.")
-        rows = self._weights_by_row(self.weights if weights is None else weights, given.shape[0])
-        if isinstance(attention_mask, dict):  # one per layer type, made by generate() for a static cache
-            masks = {kind: self._model_rows(mask) for kind, mask in attention_mask.items()}
-        else:
-            masks = self._model_rows(attention_mask)
-        if position_ids is not None and position_ids.shape[0] > 1:  # a single row already serves all rows
-            position_ids = self._model_rows(position_ids)
-        with row_weights(rows):
-            return self.policies(
-                input_ids=self._model_rows(input_ids),
-                attention_mask=masks,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=self._model_rows(inputs_embeds),
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
+    ) -> CausalLMOutputWithPast | Seq2SeqLMOutput:
+        """Logits (B, T, V) of the combined policies for input_ids (B, T), with `weights` (K,) or (B, K).
+
+        Of an encoder-decoder, input_ids (B, S) are the encoder's and decoder_input_ids (B, T) the decoder's. `active`
+        are the policies to compute, in ascending order; the weights of all others must be 0 (default: all).
+        """
+        if labels is not None and decoder_input_ids is None and self.config.is_encoder_decoder:
+            decoder_input_ids = self.policies.prepare_decoder_input_ids_from_labels(labels)  # pyright: ignore[reportCallIssue]
+        by_sequence = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }
+        batch = _batch_of(decoder_input_ids, input_ids, inputs_embeds)
+        rows = self._weights_by_row(self.weights if weights is None else weights, batch)
+        with mixing(rows, active):
+            arguments = {name: self._model_rows(value, batch) for name, value in by_sequence.items() if value is not None}
+            if encoder_outputs is not None:
+                arguments["encoder_outputs"] = self._unpacked(encoder_outputs)
+            if labels is not None:
+                arguments["labels"] = labels
+            return self.policies(**arguments, past_key_values=past_key_values, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, weights: Weights | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate()`, with `weights`: (K,) for all sequences or (B, K), one row per sequence."""
-        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        batch = next((tensor.shape[0] for tensor in given if tensor is not None), 1)
+        """transformers' `generate()`, with `weights`: (K,) for all sequences or (B, K), one row per sequence.
+
+        Policies whose weight is 0 for every sequence are not computed. A cache that is returned can be continued with
+        weights that leave out the same policies.
+        """
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("encoder_outputs"))
+        batch = next((len(tensor) if torch.is_tensor(tensor) else len(tensor[0]) for tensor in given if tensor is not None), 1)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)
-        # As rows, weights are repeated by transformers with their sequence for beams and return sequences.
-        return super().generate(inputs, *args, weights=rows, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        active = tuple((rows != 0).any(0).nonzero().flatten().tolist())
+        with mixing(rows, active):  # the encoder runs in here, before any forward of ours
+            # As rows, weights are repeated by transformers with their sequence for beams and return sequences.
+            return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
+                inputs, *args, weights=rows, active=active, **kwargs
+            )
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Of an encoder-decoder: its encoder for all policies, whose hidden states (B, S, K*H) keep one row per
+        sequence, as transformers expects when it repeats them for beams."""
+        return _PolicyEncoder(self) if self.config.is_encoder_decoder else super().get_encoder(modality)
+
+    def _unpacked(self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...]) -> BaseModelOutput:
+        """What `_PolicyEncoder` gave, (B, S, K*H), as the decoder's rows (B*K, S, H)."""
+        by_policy = encoder_outputs[0].unflatten(-1, (-1, self.config.hidden_size))  # (B, S, K, H)
+        hidden: Any = by_policy.transpose(1, 2).flatten(0, 1)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+    def _model_rows(self, value: Tensor | dict[str, Tensor], batch: int) -> Any:
+        """The rows the model computes for a tensor (B, ...) with one row per sequence."""
+        if isinstance(value, dict):  # one mask per layer type, made by generate() for a static cache
+            return {kind: self._model_rows(mask, batch) for kind, mask in value.items()}
+        if value is None or not self._has_rows_by_policy or len(value) < batch:  # a single row serves all
+            return value
+        active = current_mixing().active
+        return value.repeat_interleave(len(self.policy_names) if active is None else len(active), 0)
+
+    def _prepare_cache_for_generation(  # called by generate()
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A cache with room to grow, unless the caller brought one or asked for another kind."""
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        config = self.config.get_text_config(decoder=True)
+        if wanted and model_kwargs.get("past_key_values") is None and has_only_full_attention(config):
+            cache = RowCache()
+            model_kwargs["past_key_values"] = (
+                EncoderDecoderCache(cache, DynamicCache(config=config)) if self.config.is_encoder_decoder else cache
+            )
+            return None
+        return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, *args, **kwargs
+        )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The base family's own preparation of masks, positions and cache."""
@@ -225,7 +286,8 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         paths = {name: located(f"adapter of policy {name!r}", path) for name, path in references["adapters"].items()}
         base = located("base model", references["base"]) if references["base_is_directory"] else references["base"]
         base_options.setdefault("dtype", getattr(torch, references["dtype"]))
-        base_model = AutoModelForCausalLM.from_pretrained(base, **base_options)
+        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(base).is_encoder_decoder else AutoModelForCausalLM
+        base_model = kind.from_pretrained(base, **base_options)
         if base_fingerprint(base_model) != references["base_fingerprint"]:
             raise ValueError(f"{file} was saved over another base than {base} holds now; put the former base back.")
         adapters = {name: read_adapter(path) for name, path in paths.items()}
@@ -238,8 +300,8 @@ class HiddenStateEnsemble(AdapterMixture):
         ensemble = HiddenStateEnsemble(base, {"empathy": read_adapter(first), "brevity": read_adapter(second)})
         ensemble.generate(**tokenizer("Hello", return_tensors="pt"), weights=[0.7, 0.3])
 
-    One forward serves all K policies; the key-value cache holds K rows per sequence, policy-major. With
-    output_hidden_states or output_attentions those are the policies' own, of K*B rows. A bias of the head is added
+    One forward serves all K policies; the key-value cache holds K rows per sequence, sequence-major. With
+    output_hidden_states or output_attentions those are the policies' own, of B*K rows. A bias of the head is added
     once, after aggregation, which equals averaging logits when the weights sum to 1.
     """
 
@@ -267,12 +329,14 @@ class HiddenStateEnsemble(AdapterMixture):
                 "states is not averaging logits; use ParameterAverage, or a base without a cap."
             )
 
-    def _model_rows(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.repeat(len(self.policy_names), *[1] * (tensor.ndim - 1))
+    @property
+    def _has_rows_by_policy(self) -> bool:
+        return True
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
         """Called by transformers' beam search, which knows one row per beam; the cache has K."""
-        rows = policy_rows(beam_idx, beam_idx.shape[0], len(self.policy_names))
+        active = current_mixing().active
+        rows = policy_rows(beam_idx, len(self.policy_names) if active is None else len(active))
         past_key_values.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
         return past_key_values
 
@@ -286,5 +350,36 @@ class ParameterAverage(AdapterMixture):
 
     _lora_layer = SummedLoraLinear
 
-    def _model_rows(self, tensor: Tensor | None) -> Tensor | None:
-        return tensor
+    @property
+    def _has_rows_by_policy(self) -> bool:
+        return False
+
+
+class _PolicyEncoder(nn.Module):
+    """The encoder of a mixture as `generate()` calls it: once per batch, for all policies."""
+
+    def __init__(self, mixture: AdapterMixture) -> None:
+        super().__init__()
+        self._mixture = [mixture]  # in a list, so that it is no submodule of its own part
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Hidden states (B, S, K*H) for input_ids (B, S)."""
+        mixture, batch = self._mixture[0], _batch_of(input_ids, inputs_embeds)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        rows = {name: mixture._model_rows(value, batch) for name, value in given.items() if value is not None}
+        by_row = mixture.policies.get_encoder()(**rows, **kwargs)[0]  # (B*K, S, H)
+        hidden: Any = by_row.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+def _batch_of(*tensors: Tensor | None) -> int:
+    given = next((tensor for tensor in tensors if tensor is not None), None)
+    if given is None:
+        raise ValueError("Neither input_ids nor inputs_embeds given; expected one of them.")
+    return given.shape[0]

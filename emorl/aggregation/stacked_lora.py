@@ -3,12 +3,17 @@
 `StackedLoraLinear` gives every policy its own rows, so hidden states can be aggregated (EMORL, arXiv 2505.02579; the
 authors run K full models instead). `SummedLoraLinear` adds the weighted adapters inside each layer: the exact parameter
 average, whose weights stay a runtime argument. In both the base's parameters are read once.
+
+Rows are sequence-major: row `b * K + k` is policy k's part of sequence b. So a key-value cache grows, shrinks and splits
+by whole sequences at its end.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +21,102 @@ from transformers import PreTrainedModel
 
 from emorl.policies.adapters import Adapter, check_adapter_fits
 
-# Weights of the forward in progress, (B, K). A context variable, because a model's own forward cannot pass them down
-# to its linear layers, and because two threads may decode with one model at the same time.
-_ROW_WEIGHTS: ContextVar[Tensor] = ContextVar("row_weights")
+# Names that transformers gives to layers which read one and the same input. Wrong guesses cost time, not correctness.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"))
+_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn")  # its k and v read the encoder's states, once
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """How the forward in progress combines the policies."""
+
+    weights: Tensor  # (B, K), of all policies
+    active: tuple[int, ...] | None = None  # ascending; the policies that have rows; None: all
+    aggregate: bool = True  # False: the head hands on the policies' hidden states
+    last_product: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)  # projection -> its input, x A
+
+
+# A context variable, because a model's own forward cannot pass this down to its linear layers, and because two threads
+# may decode with one model at the same time.
+_MIXING: ContextVar[Mixing] = ContextVar("mixing")
 
 
 @contextmanager
-def row_weights(weights: Tensor) -> Iterator[None]:
-    """Within the block, every layer of this file and the aggregating head use `weights` (B, K)."""
-    token = _ROW_WEIGHTS.set(weights)
+def mixing(weights: Tensor, active: tuple[int, ...] | None = None, aggregate: bool = True) -> Iterator[Mixing]:
+    """Within the block, all layers of this file combine the policies as said here; see `Mixing`."""
+    token = _MIXING.set(Mixing(weights, active, aggregate))
     try:
-        yield
+        yield _MIXING.get()
     finally:
-        _ROW_WEIGHTS.reset(token)
+        _MIXING.reset(token)
+
+
+def current_mixing() -> Mixing:
+    """What the innermost `mixing` block says; LookupError outside of one."""
+    return _MIXING.get()
+
+
+class SharedProjection(nn.Module):
+    """x A of all policies for layers that read one input (q, k and v; gate and up): one product instead of three."""
+
+    def __init__(self, factors: Sequence[Tensor]) -> None:
+        """`factors`: A (K, in, r) of each layer; ranks may differ."""
+        super().__init__()
+        self.a = nn.Parameter(torch.cat(list(factors), 2), requires_grad=False)  # (K, in, sum of r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B*K, T, in) to (K, B*T, sum of r); asked again with the same input, it remembers."""
+        mix = current_mixing()
+        known = mix.last_product.get(self)
+        if known is not None and known[0] is x:
+            return known[1]
+        a = _of_policies(self.a, mix.active)
+        product = torch.bmm(x.unflatten(0, (-1, a.shape[0])).transpose(0, 1).flatten(1, 2), a)  # no copy where T is 1
+        mix.last_product.clear()  # siblings are called one after the other; older inputs would only hold memory
+        mix.last_product[self] = (x, product)
+        return product
 
 
 class StackedLoraLinear(nn.Module):
-    """A frozen linear layer with one adapter per policy; rows are policy-major: row `k * B + b` is policy k's b-th."""
+    """A frozen linear layer with one adapter per policy and one row per policy and sequence."""
+
+    projection: SharedProjection
+    columns: slice
 
     def __init__(self, linear: nn.Module, a: Tensor, b: Tensor) -> None:
         """`linear` is an nn.Linear or GPT-2's Conv1D; a (K, in, r) and b (K, r, out), padded with zeros in rank."""
         super().__init__()
-        self.linear = linear
-        self.a = nn.Parameter(a, requires_grad=False)  # (K, in, r)
+        self.linear: Any = linear
+        self.projection = SharedProjection([a])
+        self.columns = slice(0, a.shape[2])  # its own part of the projection
         self.b = nn.Parameter(b, requires_grad=False)  # (K, r, out)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's, for models that look at its dtype (T5)."""
+        return self.linear.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (K*B, T, in) to (K*B, T, out)."""
+        """x (B*K, T, in) to (B*K, T, out)."""
         _check_rows(x)
+        b = _of_policies(self.b, current_mixing().active)
+        low = self.projection(x)[..., self.columns]  # (K, B*T, r)
         out = self.linear(x)
-        policies = self.a.shape[0]
-        # Policy-major rows make these reshapes views.
-        low = torch.bmm(x.reshape(policies, -1, x.shape[-1]), self.a)  # (K, B*T, r)
-        return torch.baddbmm(out.view(policies, -1, out.shape[-1]), low, self.b).view(out.shape)
+        by_policy = out.unflatten(0, (-1, b.shape[0])).transpose(0, 1)  # (K, B, T, out), a view
+        if x.shape[1] == 1:
+            by_policy.squeeze(2).baddbmm_(low, b)
+        else:
+            by_policy.add_(torch.bmm(low, b).unflatten(1, (-1, x.shape[1])))
+        return out
+
+
+def _of_policies(stacked: Tensor, active: tuple[int, ...] | None) -> Tensor:
+    """The part of a tensor (K, ...) that belongs to the active policies; a view where they are adjacent."""
+    if active is None:
+        return stacked
+    if active[-1] - active[0] == len(active) - 1:
+        return stacked[active[0] : active[-1] + 1]
+    return stacked[list(active)]
 
 
 class SummedLoraLinear(nn.Module):
@@ -57,14 +125,19 @@ class SummedLoraLinear(nn.Module):
     def __init__(self, linear: nn.Module, a: Tensor, b: Tensor) -> None:
         """Takes what `StackedLoraLinear` takes and concatenates it along the rank."""
         super().__init__()
-        self.linear = linear
+        self.linear: Any = linear
         self.a = nn.Parameter(a.transpose(0, 1).flatten(1).contiguous(), requires_grad=False)  # (in, K*r)
         self.b = nn.Parameter(b.flatten(0, 1), requires_grad=False)  # (K*r, out)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, for models that look at its dtype (T5)."""
+        return self.linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, in) to (B, T, out)."""
         _check_rows(x)
-        weights = _ROW_WEIGHTS.get().to(x.device, x.dtype)  # (B, K)
+        weights = current_mixing().weights.to(x.device, x.dtype)  # (B, K)
         batch, policies = weights.shape
         low = (x @ self.a).view(batch, -1, policies, self.a.shape[1] // policies)  # (B, T, K, r)
         low = (low * weights[:, None, :, None]).flatten(2)  # (B, T, K*r)
@@ -88,21 +161,26 @@ class AggregatingHead(nn.Module):
         self.head = head
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (K*B, T, H), policy-major, to logits (B, T, V); the sum is taken in float32 at least."""
-        weights = _ROW_WEIGHTS.get().to(hidden.device)  # (B, K)
-        batch, policies = weights.shape
+        """hidden (B*K, T, H) to logits (B, T, V); the sum is taken in float32 at least. Where the `mixing` block asks
+        for no aggregation, `hidden` itself, scaled by whatever the family does between its last norm and its head."""
+        mix = current_mixing()
+        if not mix.aggregate:
+            return hidden
+        weights = mix.weights.to(hidden.device)  # (B, K)
+        if mix.active is not None:
+            weights = weights[:, list(mix.active)]
         precision = torch.promote_types(hidden.dtype, weights.dtype)
-        blocks = hidden.unflatten(0, (policies, batch)).to(precision)  # (K, B, T, H)
-        mixed = torch.einsum("kbth,bk->bth", blocks, weights.to(precision))
+        blocks = hidden.unflatten(0, tuple(weights.shape)).to(precision)  # (B, K, T, H)
+        mixed = torch.einsum("bkth,bk->bth", blocks, weights.to(precision))
         return self.head(mixed.to(hidden.dtype))
 
 
-def policy_rows(rows: Tensor, batch: int, policies: int) -> Tensor:
-    """Where the sequences `rows` (N,) of a batch lie in a policy-major cache or hidden state: indices (K*N,).
+def policy_rows(rows: Tensor, policies: int) -> Tensor:
+    """Where the sequences `rows` (N,) of a batch lie in a cache or hidden state of K rows each: indices (N*K,).
 
-    Keep sequences 0 and 2 of 4: `cache.batch_select_indices(policy_rows(torch.tensor([0, 2]), 4, policies))`.
+    Keep sequences 0 and 2 of a batch: `cache.batch_select_indices(policy_rows(torch.tensor([0, 2]), policies))`.
     """
-    return (torch.arange(policies, device=rows.device)[:, None] * batch + rows).flatten()
+    return (rows[:, None] * policies + torch.arange(policies, device=rows.device)).flatten()
 
 
 def stack_adapters(
@@ -126,7 +204,24 @@ def stack_adapters(
         weight = next(linear.parameters())
         dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised weights are integers
         model.set_submodule(name, layer(linear, a.to(weight.device, dtype), b.to(weight.device, dtype)))
+    for name, module in model.named_modules():
+        if not name.endswith(_CROSS_ATTENTION):
+            _share_projections(module)
     return model
+
+
+def _share_projections(parent: nn.Module) -> None:
+    """Gives children of `parent` that read the same input one projection for all of them."""
+    children = dict(parent.named_children())
+    for names in _SIBLINGS:
+        layers = [layer for name in names if isinstance(layer := children.get(name), StackedLoraLinear)]
+        if len(layers) < 2:
+            continue
+        projection = SharedProjection([layer.projection.a for layer in layers])
+        end = 0
+        for layer in layers:
+            rank = layer.columns.stop
+            layer.projection, layer.columns, end = projection, slice(end, end + rank), end + rank
 
 
 def _padded_stack(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,15 @@ def test_one_hot_weights_are_that_policy_token_for_token(case, inputs, options, 
     assert torch.equal(case.ensemble.generate(**inputs, **options, weights=one_hot(policy)), expected)
 
 
+def test_policies_without_weight_are_not_computed(case, inputs):
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    for weights, computed in (([0, 1, 0], 1), ([0.5, 0, 0.5], 2), ([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]], 3)):
+        output = case.ensemble.generate(**inputs, **options, weights=weights)
+        assert output.past_key_values.layers[0].keys.shape[0] == computed * len(PROMPTS)
+    two = case.ensemble.generate(**inputs, **options, weights=[0.5, 0, 0.5]).sequences
+    assert torch.equal(two, slow_decode(case, [0.5, 0.0, 0.5], inputs))
+
+
 def test_hidden_state_average_equals_weighted_logit_average(case, inputs):
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     call = {**inputs, "position_ids": positions, "logits_to_keep": 2}
@@ -239,7 +248,7 @@ def test_policy_rows_selects_sequences_from_the_cache(llama, inputs):
     with torch.no_grad():
         cache = ensemble(**inputs, position_ids=positions).past_key_values
         selected = deepcopy(cache)
-        selected.batch_select_indices(policy_rows(kept, 4, 3))
+        selected.batch_select_indices(policy_rows(kept, 3))
         everything = ensemble(step, mask, positions[:, -1:] + 1, cache).logits
         some = ensemble(step[kept], mask[kept], positions[kept, -1:] + 1, selected).logits
     torch.testing.assert_close(some, everything[kept], atol=1e-5, rtol=1e-5)

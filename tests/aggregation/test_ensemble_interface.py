@@ -155,7 +155,7 @@ def test_what_cannot_be_combined_exactly_is_refused(
         mixture(base, {})
     with pytest.raises(ValueError, match=r"A policy is named 'base'.*rename it"):
         mixture(base, {"base": adapters["kind"]}, include_base=True)
-    with pytest.raises(ValueError, match="is an encoder-decoder; only decoder-only models are supported yet"):
+    with pytest.raises(ValueError, match="which T5ForConditionalGeneration does not have; use the base it was trained on"):
         mixture(make_seq2seq_model(), adapters)
     with pytest.raises(ValueError, match=r"PeftModelForCausalLM cannot be combined .* without adapters"):
         mixture(PeftModel.from_pretrained(deepcopy(base), str(adapters["kind"].path)), adapters)

@@ -9,8 +9,8 @@ from emorl.aggregation.stacked_lora import (
     AggregatingHead,
     StackedLoraLinear,
     SummedLoraLinear,
+    mixing,
     policy_rows,
-    row_weights,
 )
 
 K, B, T, IN, OUT, RANK = 3, 2, 5, 8, 6, 4
@@ -31,18 +31,22 @@ def factors() -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def test_stacked_rows_get_the_adapter_of_their_policy(linear, factors):
     a, b = factors
-    x = torch.randn(K * B, T, IN)
-    found = StackedLoraLinear(linear, a, b)(x)
-    for policy in range(K):
-        rows = x[policy * B : (policy + 1) * B]
-        torch.testing.assert_close(found[policy * B : (policy + 1) * B], linear(rows) + rows @ a[policy] @ b[policy])
+    for length in (1, T):
+        x = torch.randn(B, K, length, IN)
+        for active in (None, (1,), (0, 1), (0, 2)):
+            kept = list(range(K)) if active is None else list(active)
+            with mixing(torch.ones(B, K), active):
+                found = StackedLoraLinear(linear, a, b)(x[:, kept].flatten(0, 1)).view(B, len(kept), length, OUT)
+            for row, policy in enumerate(kept):
+                expected = linear(x[:, policy].contiguous()) + x[:, policy] @ a[policy] @ b[policy]
+                torch.testing.assert_close(found[:, row], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_summed_rows_get_all_adapters_with_their_own_weights(linear, factors):
     a, b = factors
     x, weights = torch.randn(B, T, IN), torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 0.0]])
-    with row_weights(weights):
+    with mixing(weights):
         found = SummedLoraLinear(linear, a, b)(x)
     for row in range(B):
         delta = sum(weight * a[policy] @ b[policy] for policy, weight in enumerate(weights[row]))
@@ -51,15 +55,19 @@ def test_summed_rows_get_all_adapters_with_their_own_weights(linear, factors):
 
 @torch.no_grad()
 def test_head_sees_the_weighted_sum_of_hidden_states():
-    head, hidden = nn.Linear(IN, OUT), torch.randn(K, B, T, IN)
-    weights = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, -1.0]])
-    with row_weights(weights):
-        found = AggregatingHead(head)(hidden.flatten(0, 1))
-    torch.testing.assert_close(found, head((weights.T[:, :, None, None] * hidden).sum(0)))
+    head, hidden = nn.Linear(IN, OUT), torch.randn(B, K, T, IN)
+    weights = torch.tensor([[0.2, 0.0, 0.5], [1.0, 0.0, -1.0]])
+    expected = head((weights[:, :, None, None] * hidden).sum(1))
+    with mixing(weights):
+        torch.testing.assert_close(AggregatingHead(head)(hidden.flatten(0, 1)), expected)
+    with mixing(weights, active=(0, 2)):
+        torch.testing.assert_close(AggregatingHead(head)(hidden[:, [0, 2]].flatten(0, 1)), expected)
+    with mixing(weights, aggregate=False):
+        assert AggregatingHead(head)(hidden.flatten(0, 1)).shape == (B * K, T, IN)
 
 
-def test_policy_rows_are_policy_major():
-    assert policy_rows(torch.tensor([2, 0]), 3, 2).tolist() == [2, 0, 5, 3]
+def test_policy_rows_are_sequence_major():
+    assert policy_rows(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
 
 
 def test_regrouped_tokens_are_refused(linear, factors):
