@@ -36,12 +36,11 @@ class RowLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
-    def load(self, rows: int, tokens: int, keys: Tensor, values: Tensor) -> None:
-        """Starts anew with keys and values (rows, heads, T, D); allocates for `tokens`."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        self.keys, self.values, self._buffers = keys, values, None
-        self._reserve(rows, tokens)
+    def load(self, tokens: int, keys: Tensor, values: Tensor) -> None:
+        """Starts with keys and values (rows, heads, T, D); allocates for `tokens`."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._reserve(len(keys), tokens)
 
     def move(self, source: Tensor, target: Tensor, rows: int) -> None:
         """Copies rows `source` (N,) to rows `target` (N,), then keeps the first `rows`; allocates if there are more."""
@@ -88,4 +87,4 @@ class RowCache(DynamicCache):
 
 def has_only_full_attention(config: PreTrainedConfig) -> bool:
     """Whether every layer of a model keeps all tokens in its cache."""
-    return all(not layer.is_sliding and type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

@@ -1,0 +1,123 @@
+"""How an ensemble reads prompts and further tokens when nothing is aggregated: last hidden states of every policy.
+
+One class per kind of model; trie decoding asks them for nothing but rows of hidden states and of a cache.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+
+from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.row_cache import RowCache, RowLayer
+from emorl.aggregation.stacked_lora import mixing
+
+
+class CausalReader:
+    """Prompts are the beginning of what is decoded."""
+
+    across: list[tuple[Tensor, Tensor]] = []  # noqa: RUF012 (an encoder-decoder has some)
+
+    def __init__(self, ensemble: HiddenStateEnsemble, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self._ensemble, self._policies = ensemble, len(ensemble.policy_names)
+        self._ids, self.mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
+
+    def read_prompts(self, which: slice) -> tuple[list[RowLayer], Tensor, Tensor]:
+        """Layers with keys of (P*K, heads, S, D), the mask (P, S) of their tokens, last hidden states (P, K, H)."""
+        mask = self.mask[which]
+        used = mask.any(0)
+        mask, ids, cache = mask[:, used], self._ids[which][:, used], RowCache()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self._forward(ids, mask, positions, cache)
+        return _rows_of(cache), mask, hidden
+
+    def read_tokens(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, prompts: Tensor) -> Tensor:
+        """Hidden states (R, K, H) after tokens (R, 1) at positions (R, 1), seeing the places (R, L) of the cache that
+        `mask` shows."""
+        return self._forward(tokens, mask, positions, cache)
+
+    def new_cache(self, layers: int, prompts: Tensor) -> Cache:
+        """A cache whose self-attention layers wait for keys and values."""
+        return _empty(layers)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        ids, mask, positions = (tensor.repeat_interleave(self._policies, 0) for tensor in (ids, mask, positions))
+        with mixing(torch.empty(0), aggregate=False):
+            output = self._ensemble.policies(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].unflatten(0, (-1, self._policies))  # the head handed on hidden states
+
+
+class Seq2SeqReader:
+    """Prompts are read by each policy's encoder; what is decoded begins with the decoder's start token."""
+
+    def __init__(self, ensemble: HiddenStateEnsemble, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self._ensemble, self._policies = ensemble, len(ensemble.policy_names)
+        self._ids, self._source_mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
+        self.mask = torch.ones(len(input_ids), 1, dtype=torch.long, device=ensemble.device)
+        start: Any = ensemble.generation_config.decoder_start_token_id
+        self._start = ensemble.config.decoder_start_token_id if start is None else start
+        self.across: list[tuple[Tensor, Tensor]] = []  # keys and values over the source, (P, K, heads, S, D)
+
+    def read_prompts(self, which: slice) -> tuple[list[RowLayer], Tensor, Tensor]:
+        """As `CausalReader.read_prompts`, of the start token; keeps the keys and values over the source."""
+        ids, mask = (tensor[which].repeat_interleave(self._policies, 0) for tensor in (self._ids, self._source_mask))
+        cache, start = EncoderDecoderCache(RowCache(), RowCache()), self.mask[which] * self._start
+        with mixing(torch.empty(0), aggregate=False):
+            states = self._ensemble.policies.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+        hidden = self._forward(start, self.mask[which], cache, mask, states)
+        read = [
+            (layer.keys.unflatten(0, (-1, self._policies)), layer.values.unflatten(0, (-1, self._policies)))
+            for layer in _rows_of(cache.cross_attention_cache)
+            if layer.keys is not None and layer.values is not None
+        ]
+        known = self.across or [(keys[:0], values[:0]) for keys, values in read]
+        self.across = [
+            (torch.cat([old_keys, keys]), torch.cat([old_values, values]))
+            for (old_keys, old_values), (keys, values) in zip(known, read, strict=True)
+        ]
+        return _rows_of(cache.self_attention_cache), self.mask[which], hidden
+
+    def read_tokens(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, prompts: Tensor) -> Tensor:
+        """As `CausalReader.read_tokens`; positions are the decoder's own business."""
+        source_mask = self._source_mask[prompts].repeat_interleave(self._policies, 0)
+        keys = self.across[0][0]
+        size = (len(source_mask), source_mask.shape[1], self._ensemble.config.hidden_size)
+        return self._forward(tokens, mask, cache, source_mask, keys.new_zeros(1, 1, 1).expand(size))  # cached: not read
+
+    def new_cache(self, layers: int, prompts: Tensor) -> Cache:
+        """A cache that holds the source of `prompts` (R,)."""
+        source = _empty(layers)
+        for layer, (keys, values) in zip(_rows_of(source), self.across, strict=True):
+            layer.load(keys.shape[3], keys[prompts].flatten(0, 1), values[prompts].flatten(0, 1))
+        return EncoderDecoderCache(_empty(layers), source)
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Cache, source_mask: Tensor, states: Tensor) -> Tensor:
+        ids, mask = (tensor.repeat_interleave(self._policies, 0) for tensor in (ids, mask))
+        with mixing(torch.empty(0), aggregate=False):
+            output = self._ensemble.policies(
+                attention_mask=source_mask,
+                decoder_input_ids=ids,
+                decoder_attention_mask=mask,
+                encoder_outputs=(states,),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return output.logits[:, -1].unflatten(0, (-1, self._policies))
+
+
+def _empty(layers: int) -> RowCache:
+    cache = RowCache()
+    cache.layers.extend(RowLayer() for _ in range(layers))
+    return cache
+
+
+def _rows_of(cache: Cache) -> list[RowLayer]:
+    return cache.layers  # type: ignore[return-value]
