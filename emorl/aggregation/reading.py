@@ -37,9 +37,12 @@ class CausalReader:
         `mask` shows."""
         return self._forward(tokens, mask, positions, cache)
 
-    def new_cache(self, layers: int, prompts: Tensor) -> Cache:
-        """A cache whose self-attention layers wait for keys and values."""
+    def new_cache(self, layers: int) -> Cache:
+        """A cache whose layers wait for keys and values."""
         return _empty(layers)
+
+    def load_source(self, cache: Cache, prompts: Tensor) -> None:
+        """Gives an encoder-decoder's cache the sources of `prompts` (R,); nothing to do here."""
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         ids, mask, positions = (tensor.repeat_interleave(self._policies, 0) for tensor in (ids, mask, positions))
@@ -92,12 +95,17 @@ class Seq2SeqReader:
         size = (len(source_mask), source_mask.shape[1], self._ensemble.config.hidden_size)
         return self._forward(tokens, mask, cache, source_mask, keys.new_zeros(1, 1, 1).expand(size))  # cached: not read
 
-    def new_cache(self, layers: int, prompts: Tensor) -> Cache:
-        """A cache that holds the source of `prompts` (R,)."""
-        source = _empty(layers)
-        for layer, (keys, values) in zip(_rows_of(source), self.across, strict=True):
+    def new_cache(self, layers: int) -> Cache:
+        """As `CausalReader.new_cache`, for the decoder's own tokens and for the source."""
+        cache = EncoderDecoderCache(_empty(layers), _empty(layers))
+        cache.is_updated = dict.fromkeys(range(layers), True)  # the source is loaded, never computed again
+        return cache
+
+    def load_source(self, cache: Cache, prompts: Tensor) -> None:
+        """Gives the cache the keys and values over the sources of `prompts` (R,)."""
+        assert isinstance(cache, EncoderDecoderCache)
+        for layer, (keys, values) in zip(_rows_of(cache.cross_attention_cache), self.across, strict=True):
             layer.load(keys.shape[3], keys[prompts].flatten(0, 1), values[prompts].flatten(0, 1))
-        return EncoderDecoderCache(_empty(layers), source)
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Cache, source_mask: Tensor, states: Tensor) -> Tensor:
         ids, mask = (tensor.repeat_interleave(self._policies, 0) for tensor in (ids, mask))

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
-from emorl.aggregation.prefixes import UNKNOWN, Array, Choices, PrefixTree, Store, undominated
+from emorl.aggregation.prefixes import UNKNOWN, Array, Choices, PrefixTree, Store, highest, undominated
 from emorl.aggregation.reading import CausalReader, Seq2SeqReader
 from emorl.aggregation.row_cache import RowLayer
 from emorl.aggregation.stacked_lora import AggregatingHead
 
 _PROMPTS_AT_ONCE = 64
+_SEQUENCES_AT_ONCE = 256  # more rows are no faster on a CPU, and their keys and values need memory
 _LOGITS_AT_ONCE = 2**22  # elements: 16 MiB in float32, which stays in a cache
 
 
@@ -52,7 +53,6 @@ class _Sequences:
 class _Rows:
     """The rows of one round, in the order of the cache (R of them)."""
 
-    cache: Cache
     root: Array  # (R,) the prompt
     node: Array  # (R,) the deepest prefix of the row that is stored
     depth: Array  # (R,) decoded tokens in the cache
@@ -107,6 +107,7 @@ class TrieDecoder:
         self._tree, self._choices = PrefixTree(len(input_ids)), Choices()
         self._choices.extend_to(len(input_ids))
         self._hidden = Store()  # of each node, (nodes, K, H)
+        self._cache: Cache  # of the rows; one for all rounds, so that its memory is touched only once
         self._layers: list[tuple[Store, Store]] = []  # keys and values of each place, (places, K, heads, D)
         self._places = np.arange(0)  # of each node's last token
         self._next_place = 0
@@ -124,19 +125,25 @@ class TrieDecoder:
         self._check(weights)
         chosen = np.arange(len(self._prompt_places)) if prompts is None else np.array(prompts, np.int64)
         candidates = weights.detach().cpu().float().numpy()
+        size = max(1, _SEQUENCES_AT_ONCE // len(candidates))
+        parts = [self._decode(candidates, chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        return torch.from_numpy(np.concatenate(parts, 1))
+
+    def _decode(self, candidates: Array, prompts: Array) -> Array:
+        """Tokens (C, P, T) of prompts that are decoded together."""
         if self._head.bias is not None:
             candidates = np.concatenate([candidates, np.ones((len(candidates), 1), np.float32)], 1)
         sequences = _Sequences(
-            weights=np.repeat(candidates, len(chosen), 0),
-            node=np.tile(chosen, len(candidates)),
-            tokens=np.full((len(candidates) * len(chosen), self._max_new_tokens), self._pad),
-            known=np.zeros(len(candidates) * len(chosen), np.int64),
+            weights=np.repeat(candidates, len(prompts), 0),
+            node=np.tile(prompts, len(candidates)),
+            tokens=np.full((len(candidates) * len(prompts), self._max_new_tokens), self._pad),
+            known=np.zeros(len(candidates) * len(prompts), np.int64),
         )
         waiting = self._walk(sequences, np.arange(len(sequences.node)))
         while len(waiting):
             waiting = self._walk(sequences, self._round(sequences, waiting))
         self.work.tokens += int(sequences.known.sum())
-        return torch.from_numpy(sequences.tokens.reshape(len(candidates), len(chosen), -1))
+        return sequences.tokens.reshape(len(candidates), len(prompts), -1)
 
     def _check(self, weights: Tensor) -> None:
         if weights.ndim != 2 or weights.shape[1] != self._policies:
@@ -155,14 +162,15 @@ class TrieDecoder:
             layers, mask, hidden = self._reader.read_prompts(slice(start, start + _PROMPTS_AT_ONCE))
             if start == 0:
                 self._layers = [(Store(), Store()) for _ in layers]
+                self._cache = self._reader.new_cache(len(layers))
                 self._set_limits(memory, layers, hidden, max(lengths), int(ends[-1]))
             prompt, place = mask.nonzero(as_tuple=True)
             for (keys, values), layer in zip(self._layers, layers, strict=True):
                 for store, states in ((keys, layer.keys), (values, layer.values)):
                     assert states is not None
                     by_token = states.unflatten(0, (-1, self._policies)).permute(0, 3, 1, 2, 4)  # (P, S, K, heads, D)
-                    store.write(self._next_place, by_token[prompt, place], self._most_places)
-            self._hidden.write(start, hidden, self._most_places)
+                    store.write(self._next_place, by_token[prompt, place])
+            self._hidden.write(start, hidden)
             self._next_place += len(prompt)
 
     def _set_limits(self, memory: int | None, layers: list[RowLayer], hidden: Tensor, longest: int, tokens: int) -> None:
@@ -264,23 +272,23 @@ class TrieDecoder:
         for row, (root, deep, length) in enumerate(zip(roots, depth, lengths, strict=True)):
             places[row, longest - length : longest - deep] = self._prompt_places[root]
             places[row, longest - deep :] = self._places[paths[row, paths.shape[1] - deep :]]
-        cache = self._reader.new_cache(len(self._layers), torch.from_numpy(roots).to(self._ensemble.device))
+        self._reader.load_source(self._cache, torch.from_numpy(roots).to(self._ensemble.device))
         index = torch.from_numpy(places).to(self._ensemble.device)
-        for layer, stores in zip(_self_attention(cache), self._layers, strict=True):
+        for layer, stores in zip(_self_attention(self._cache), self._layers, strict=True):
             keys, values = (store[index].permute(0, 2, 3, 1, 4).flatten(0, 1) for store in stores)  # (R*K, heads, L, D)
-            layer.load(longest + self._max_new_tokens - int(depth.min()), keys, values)
-        return _Rows(cache, roots, nodes, depth, longest - lengths, tokens)
+            layer.load(longest + self._max_new_tokens, keys, values)
+        return _Rows(roots, nodes, depth, longest - lengths, tokens)
 
     def _read_tokens(self, rows: _Rows) -> Tensor:
         """One forward: last hidden states (R, K, H) after each row's token; stores the prefixes if there is room."""
         device, count = self._ensemble.device, len(rows.token)
-        place = rows.cache.get_seq_length()
+        place = self._cache.get_seq_length()
         mask = torch.from_numpy(np.arange(place + 1) >= rows.start[:, None]).to(device)
         hidden = self._reader.read_tokens(
             torch.from_numpy(rows.token)[:, None].to(device),
             mask.long(),
             torch.from_numpy(place - rows.start)[:, None].to(device),
-            rows.cache,
+            self._cache,
             torch.from_numpy(rows.root).to(device),
         )
         self.work.rows += count
@@ -295,13 +303,13 @@ class TrieDecoder:
     def _store(self, rows: _Rows, new: Array, hidden: Tensor) -> None:
         """Makes nodes of the rows `new`, with the keys and values of the token just read."""
         index = torch.from_numpy(new).to(hidden.device)
-        for layer, (keys, values) in zip(_self_attention(rows.cache), self._layers, strict=True):
+        for layer, (keys, values) in zip(_self_attention(self._cache), self._layers, strict=True):
             for store, states in ((keys, layer.keys), (values, layer.values)):
                 assert states is not None
                 by_row = states[:, :, -1].unflatten(0, (-1, self._policies))  # (R, K, heads, D)
-                store.write(self._next_place, by_row[index], self._most_places)
+                store.write(self._next_place, by_row[index])
         nodes = self._tree.add(rows.node[new], rows.token[new])
-        self._hidden.write(int(nodes[0]), hidden[index], self._most_places)
+        self._hidden.write(int(nodes[0]), hidden[index])
         self._choices.extend_to(len(self._tree))
         self._places = np.concatenate([self._places, np.arange(self._next_place, self._next_place + len(new))])
         self._next_place += len(new)
@@ -323,7 +331,7 @@ class TrieDecoder:
             weights = torch.from_numpy(sequences.weights[which[part], : self._policies]).to(hidden.device)
             mixed = torch.einsum("ekh,ek->eh", hidden[index].float(), weights).to(hidden.dtype)
             self.work.head += len(part)
-            self._append(sequences, which[part], self._head(mixed).argmax(-1).cpu().numpy())
+            self._append(sequences, which[part], highest(self._head(mixed)).cpu().numpy())
 
     def _split(self, sequences: _Sequences, here: Array, rows: _Rows) -> tuple[Array, Array]:
         """One row for each distinct next token of each row; the sequences that have one, and those in surplus rows.
@@ -344,7 +352,7 @@ class TrieDecoder:
         target[stays] = origin[stays]
         target[target == UNKNOWN] = np.setdiff1d(np.arange(len(distinct)), target)
         moved = np.flatnonzero(target != origin)
-        self._move(rows.cache, origin[moved], target[moved], len(distinct))
+        self._move(origin[moved], target[moved], len(distinct))
         order = np.argsort(target)
         source = origin[order]
         rows.root, rows.node, rows.depth, rows.start = (
@@ -353,13 +361,13 @@ class TrieDecoder:
         rows.token, rows.row_of = token[order], target[group_of]
         return here, surplus
 
-    def _move(self, cache: Cache, source: Array, target: Array, rows: int) -> None:
+    def _move(self, source: Array, target: Array, rows: int) -> None:
         device = self._ensemble.device
         lanes = np.arange(self._policies)
         from_rows, to_rows = (
             torch.from_numpy((rows_of[:, None] * self._policies + lanes).ravel()).to(device) for rows_of in (source, target)
         )
-        for layer in [*_self_attention(cache), *_cross_attention(cache)]:
+        for layer in [*_self_attention(self._cache), *_cross_attention(self._cache)]:
             layer.move(from_rows, to_rows, rows * self._policies)
 
 
