@@ -98,7 +98,18 @@ class SearchConfig:
     levels: int = Field(default=5, ge=1, le=12)
     """hierarchical grid: halvings of the box (paper: 5, a precision of 1/32)"""
     trials: int | None = Field(default=None, ge=1)
-    """most evaluations of the search; an Optuna sampler without it gets 100"""
+    """budget: most candidates evaluated; an Optuna sampler without any budget gets 100"""
+    seconds: float | None = Field(default=None, gt=0)
+    """budget: seconds of decoding and scoring, over all workers and restarts; ends the search before a candidate that would
+    probably exceed it"""
+    tokens: int | None = Field(default=None, ge=1)
+    """budget: tokens of all candidates' texts, in the same way"""
+    race: float | None = Field(default=None, gt=0.5, lt=1)
+    """confidence (such as 0.95) at which a candidate is given up on the first prompts, when the best found so far is
+    better on the same ones; it then has scores of these only and is in no front. Off by default: every candidate sees
+    every prompt"""
+    race_prompts: int = Field(default=8, ge=2)
+    """prompts of a race's first round; each further round doubles them"""
     scalarize: Literal["mean", "weighted", "minimum", "chebyshev"] = "mean"
     """how a vector of scores becomes one value: mean (paper), preference-weighted mean, worst, or Chebyshev distance"""
     preferences: dict[str, float] = Field(default_factory=dict)
@@ -107,8 +118,11 @@ class SearchConfig:
     """completions per prompt (more than one only makes sense with sampling)"""
     include_base: bool = False
     """the untrained base takes part as one more policy"""
-    batch: int = Field(default=8, ge=1)
-    """candidates decoded in one batch; a kill loses at most these"""
+    batch: int = Field(default=32, ge=1)
+    """candidates decoded together, which share the work where their texts agree; a kill loses at most these"""
+    memory: float | None = Field(default=None, gt=0)
+    """GiB for the caches and remembered prefixes of greedy decoding; half of what is free by default. Less takes longer
+    and gives the same tokens"""
     storage: str | None = None
     """any Optuna storage URL, for several workers or a dashboard; a journal file in the run directory by default"""
     generation: dict[str, Any] = Field(default_factory=dict)
@@ -155,6 +169,8 @@ class Experiment:
         unknown = sorted(set(self.search.preferences) - set(self.objectives))
         if unknown:
             raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
+        if self.search.race is not None and self.search.scalarize == "chebyshev":
+            raise ValueError("search.race: chebyshev has no value before all policies are evaluated; use another scalarize")
 
 
 RESERVED_NAMES = frozenset({"base", "system", "kind", "prompt", "prompt_index", "sample", "completion", "tokens"})

@@ -10,13 +10,15 @@ Tokens are those of `HiddenStateEnsemble.generate(do_sample=False)` with each ca
 rounding: in float32 they differ only where two tokens' logits tie within it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
+from transformers.generation import GenerationMode
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.prefixes import UNKNOWN, Array, Choices, PrefixTree, Store, highest, undominated
@@ -27,6 +29,26 @@ from emorl.aggregation.stacked_lora import AggregatingHead
 _PROMPTS_AT_ONCE = 64
 _SEQUENCES_AT_ONCE = 256  # more rows are no faster on a CPU, and their keys and values need memory
 _LOGITS_AT_ONCE = 2**22  # elements: 16 MiB in float32, which stays in a cache
+
+
+def plain_greedy(ensemble: HiddenStateEnsemble, generation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `TrieDecoder` must know to decode as `ensemble.generate(**generation)` would, or None where that is more than
+    greedy decoding: sampling, beams, penalties, suppressed tokens, stop strings, no `max_new_tokens`."""
+    model: Any = ensemble  # generate() itself calls these two first
+    config, others = model._prepare_generation_config(None, **generation)
+    model._prepare_special_tokens(config, True, device="cpu")
+    if others or config.max_new_tokens is None or config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
+        return None
+    if config.stop_strings or config.max_time or config.cache_implementation:
+        return None
+    if model._get_logits_processor(config, input_ids_seq_length=1, device="cpu", model_kwargs={}):
+        return None
+    end, pad = config._eos_token_tensor, config._pad_token_tensor
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "eos_token_id": None if end is None else end.flatten().tolist(),
+        "pad_token_id": 0 if pad is None else int(pad),
+    }
 
 
 @dataclass

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from emorl.data import prompt_text
+from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.text_metrics import distinct_2, distinct_share, mean_words
 from emorl.objectives.loading import Objective
 from emorl.policies.prompts import as_completion, decode, encode
@@ -68,21 +69,42 @@ def generate(
             extra = {name: values[rows_of].to(model.device) for name, values in (per_prompt or {}).items()}
             output = model.generate(**inputs, **generation, **extra)
             completion_ids = output[:, inputs["input_ids"].shape[1] :]  # (B, T)
-            lengths = (completion_ids != tokenizer.pad_token_id).sum(1).tolist()
-            for (index, sample), text, tokens in zip(part, decode(tokenizer, completion_ids), lengths, strict=True):
-                rows.append((index, sample, prompt_text(prompts[index]), text, tokens))
+            rows.append(completions_table(tokenizer, prompts, part, completion_ids))
             if progress is not None:
                 progress(len(part))
-    columns = ["prompt_index", "sample", "prompt", "completion", "tokens"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["prompt_index", "sample"], ignore_index=True)
+    return pd.concat(rows).sort_values(["prompt_index", "sample"], ignore_index=True)
 
 
-def score(completions: pd.DataFrame, data: Dataset, objectives: Sequence[Objective]) -> pd.DataFrame:
+def completions_table(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], order: Sequence[tuple[int, int]], completion_ids: torch.Tensor
+) -> pd.DataFrame:
+    """Generated ids (N, T) as rows of `generate`'s table.
+
+    Args:
+        order: prompt_index and sample of each row.
+    """
+    lengths = completion_ids.ne(tokenizer.pad_token_id).sum(1).tolist()
+    texts = decode(tokenizer, completion_ids)
+    return pd.DataFrame(
+        {
+            "prompt_index": [index for index, _ in order],
+            "sample": [sample for _, sample in order],
+            "prompt": [prompt_text(prompts[index]) for index, _ in order],
+            "completion": texts,
+            "tokens": lengths,
+        }
+    )
+
+
+def score(
+    completions: pd.DataFrame, data: Dataset, objectives: Sequence[Objective], memo: ScoreMemo | None = None
+) -> pd.DataFrame:
     """The completions with one column per objective.
 
     Args:
         completions: as from `generate`; `prompt_index` counts rows of `data`.
         data: the prompts with their own columns, which the objectives receive as TRL hands them over.
+        memo: where texts that were scored before are looked up; without one, all are scored.
     """
     rows = data.select(completions["prompt_index"].tolist())
     prompts = list(rows["prompt"])
@@ -90,7 +112,8 @@ def score(completions: pd.DataFrame, data: Dataset, objectives: Sequence[Objecti
     texts = [as_completion(prompt, text) for prompt, text in zip(prompts, completions["completion"], strict=True)]
     scored = completions.copy()
     for objective in objectives:
-        scored[objective.name] = np.array(objective(prompts, texts, **columns), dtype=float)
+        found = objective(prompts, texts, **columns) if memo is None else memo.score(objective, prompts, texts, columns)
+        scored[objective.name] = np.array(found, dtype=float)
     return scored
 
 

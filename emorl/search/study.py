@@ -50,6 +50,25 @@ class Finished:
     notes: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a search may spend; None: without limit. Seconds and tokens are those in the trials' notes."""
+
+    trials: int | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+
+    def room(self, finished: Sequence[Finished]) -> int | None:
+        """How many more candidates fit, judged by what the finished ones cost on average; None: any number."""
+        rooms = [] if self.trials is None else [self.trials - len(finished)]
+        for kind, limit in (("seconds", self.seconds), ("tokens", self.tokens)):
+            if limit is None:
+                continue
+            spent = sum(trial.notes["cost"][kind] for trial in finished)
+            rooms.append(int((limit - spent) * len(finished) / spent) if spent else 1)  # one, to see what it costs
+        return min(rooms, default=None)
+
+
 Proposer = Callable[[Sequence[Finished]], Sequence[Params] | None]
 """The finished trials, in order of number -> the next candidates, or None when the search is over. What it proposes may
 already be known or running: only new candidates are enqueued. While it waits for others' results it repeats itself."""
@@ -158,35 +177,36 @@ def search(
     distributions: Mapping[str, BaseDistribution],
     *,
     batch: int = 1,
-    trials: int | None = None,
+    budget: Budget = Budget(),
     on_finished: Callable[[Sequence[Finished]], None] = lambda finished: None,
 ) -> list[Finished]:
-    """Runs until the proposer or the number of trials ends it; returns all finished trials.
+    """Runs until the proposer or the budget ends it; returns all finished trials.
 
     Args:
         distributions: of every parameter, for Optuna's records and dashboard.
         batch: candidates claimed and evaluated together.
-        trials: most finished trials, those of former runs included.
+        budget: what all runs of this search may spend together.
         on_finished: called with all finished trials after each batch, and once at the start.
     """
     _return_orphans(study)
     while True:
         finished = finished_trials(study)
         on_finished(finished)
-        if trials is not None and len(finished) >= trials:
+        room = budget.room(finished)
+        if room is not None and room < 1:
             return finished
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting:
             proposed = propose(finished)
             if proposed is None:
                 return finished
-            if not _enqueue(study, proposed, trials):
+            if not _enqueue(study, proposed, budget.trials):
                 running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
                 assert running, "a proposer may repeat itself only while it waits for running trials"
                 time.sleep(_POLL_SECONDS)  # all of it is with other workers
                 _return_orphans(study)
                 continue
-        claimed = _claim(study, distributions, batch)
+        claimed = _claim(study, distributions, batch if room is None else min(batch, room))
         if claimed:
             _evaluate_claimed(study, claimed, evaluate)
 

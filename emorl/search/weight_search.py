@@ -6,39 +6,33 @@ comparison stage.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pandas as pd
-import torch
-from datasets import Dataset, concatenate_datasets
 
-from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble
+from emorl.aggregation.ensemble import BASE_POLICY
 from emorl.config import UserError, as_mapping, nearest
-from emorl.data import load_prompts
+from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.pareto import front
-from emorl.evaluation.scoring import cost_of, evaluate, mean_and_error
 from emorl.experiment import Experiment, SearchConfig
-from emorl.objectives.loading import Objective, check_objectives, load_objective
+from emorl.objectives.loading import check_objectives
 from emorl.objectives.scalarize import importance_of, scalarize
-from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
-from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import Cost, open_run, read_json, write_json, written_whole
 from emorl.search.hierarchical_grid import HierarchicalGrid, Valuation
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
-from emorl.search.study import Finished, Params, Proposer, Scored, finished_trials, open_study
+from emorl.search.study import Budget, Finished, Proposer, finished_trials, open_study
 from emorl.search.study import search as run_search
+from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
 from emorl.search.weight_space import WeightSpace
 from emorl.training.grpo import policy_directories
 
 STUDY_NAME = "weights"
 GRID = "hierarchical_grid"
 _DEFAULT_TRIALS = 100
-_ROWS = 256  # sequences decoded together; K times as many rows in the model
 
 
 def search(experiment: Experiment, progress: Progress | None = None) -> Path:
@@ -63,9 +57,11 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     value = _valuation(experiment, space)
     proposer, expected = _proposer(experiment, space, value)
     progress.say(f"search: {experiment.search.proposer} over the weights of {', '.join(space.policies)}")
-    evaluator = _Evaluator.load(experiment, adapters, space)
+    memo = ScoreMemo(run.path / "scores.sqlite")
+    evaluator = WeightEvaluator.load(experiment, adapters, space, _score_value(experiment), memo)
     study = open_study(experiment.search.storage or run.path / "journal.log", objectives, _study_name(experiment))
-    with progress.bar("search weights", expected, done=len(finished_trials(study))) as bar:
+    evaluator.remember(finished_trials(study))
+    with memo, progress.bar("search weights", expected, done=len(finished_trials(study))) as bar:
         seen = len(finished_trials(study))
 
         def on_finished(finished: Sequence[Finished]) -> None:
@@ -79,7 +75,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
             evaluator,
             space.distributions,
             batch=experiment.search.batch,
-            trials=experiment.search.trials or (None if experiment.search.proposer == GRID else _DEFAULT_TRIALS),
+            budget=_budget(experiment.search),
             on_finished=on_finished,
         )
     _write_results(run.path, experiment, space, finished, value(finished))
@@ -96,8 +92,14 @@ def check_proposer(config: SearchConfig) -> None:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     whole = as_mapping(experiment)
-    how = {key: value for key, value in whole["search"].items() if key != "batch"}
+    how = {key: value for key, value in whole["search"].items() if key not in ("batch", "memory")}
     return {**{key: whole[key] for key in ("base", "data", "objectives", "train", "generation", "seed")}, "search": how}
+
+
+def _budget(config: SearchConfig) -> Budget:
+    """The configured budget; without any, samplers that never end get a number of trials."""
+    given = Budget(config.trials, config.seconds, config.tokens)
+    return Budget(trials=_DEFAULT_TRIALS) if given == Budget() and config.proposer in SAMPLERS else given
 
 
 def _study_name(experiment: Experiment) -> str:
@@ -122,6 +124,17 @@ def _valuation(experiment: Experiment, space: WeightSpace) -> Valuation:
     return value
 
 
+def _score_value(experiment: Experiment) -> ScoreValue:
+    """The configured scalarisation of mean scores (..., O), for races."""
+    importance = importance_of(list(experiment.objectives), experiment.search.preferences)
+
+    def value(scores: np.ndarray) -> np.ndarray:
+        flat = scores.reshape(-1, scores.shape[-1])
+        return scalarize(flat, experiment.search.scalarize, importance, flat).reshape(scores.shape[:-1])
+
+    return value
+
+
 def _proposer(experiment: Experiment, space: WeightSpace, value: Valuation) -> tuple[Proposer, int]:
     """The proposer, and about how many trials it will take."""
     config = experiment.search
@@ -140,80 +153,28 @@ def _best_so_far(finished: Sequence[Finished], value: Valuation) -> str:
     return f"best {best:.3f} at {weights}"
 
 
-@dataclass(frozen=True)
-class _Evaluator:
-    """Candidates -> scores on the validation prompts, several candidates in one batch."""
-
-    ensemble: HiddenStateEnsemble
-    base: Base
-    data: Dataset
-    objectives: Sequence[Objective]
-    space: WeightSpace
-    generation: Mapping[str, Any]
-    samples: int
-    seed: int
-
-    @classmethod
-    def load(cls, experiment: Experiment, adapters: Mapping[str, Path], space: WeightSpace) -> "_Evaluator":
-        splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
-        objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
-        base = load_base(experiment.base)
-        policies = read_policies(adapters, base)
-        try:
-            ensemble = HiddenStateEnsemble(base.model, policies, include_base=experiment.search.include_base)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        generation = {**experiment.generation, **experiment.search.generation}
-        return cls(ensemble, base, splits.validation, objectives, space, generation, experiment.search.samples, experiment.seed)
-
-    def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
-        if self.generation.get("do_sample", False):  # alone, so that all candidates see the same random numbers
-            return [self._together([candidate])[0] for candidate in candidates]
-        return self._together(candidates)
-
-    def _together(self, candidates: Sequence[Params]) -> list[Scored]:
-        prompts = len(self.data)
-        vectors = torch.tensor([self.space.vector(candidate) for candidate in candidates])  # (C, K)
-        evaluation = evaluate(
-            self.ensemble,
-            self.base.tokenizer,
-            concatenate_datasets([self.data] * len(candidates)),
-            self.objectives,
-            self.generation,
-            samples=self.samples,
-            batch=_ROWS,
-            seed=self.seed,
-            per_prompt={"weights": vectors.repeat_interleave(prompts, 0)},
-        )
-        names = [objective.name for objective in self.objectives]
-        scored = []
-        for index in range(len(candidates)):
-            rows = evaluation.table[evaluation.table["prompt_index"] // prompts == index]
-            means, errors = mean_and_error(rows, names)
-            cost = cost_of(rows, len(names), evaluation.cost.seconds / len(candidates))
-            costs = {field.name: getattr(cost, field.name) for field in fields(Cost)}
-            scored.append(Scored(tuple(means), {"errors": errors, "cost": costs}))
-        return scored
-
-
 def _total_cost(finished: Sequence[Finished]) -> Cost:
     return sum((Cost(**trial.notes["cost"]) for trial in finished), Cost())
 
 
 def trials_table(finished: Sequence[Finished], objectives: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
-    """One row per trial: trial, weight_<policy>, score_<objective>, error_<objective>, value, front (not dominated)."""
-    scores = np.array([trial.scores for trial in finished])
+    """One row per trial: trial, weight_<policy>, score_<objective>, error_<objective>, prompts, seconds, value, front
+    (not dominated among those that saw all prompts)."""
     rows = [
         {
             "trial": trial.number,
             **{f"weight_{name}": weight for name, weight in trial.params.items()},
             **{f"score_{name}": score for name, score in zip(objectives, trial.scores, strict=True)},
             **{f"error_{name}": error for name, error in zip(objectives, trial.notes["errors"], strict=True)},
+            "prompts": trial.notes["cost"]["prompts"],
             "seconds": trial.notes["cost"]["seconds"],
         }
         for trial in finished
     ]
-    return pd.DataFrame(rows).assign(value=list(values), front=front(scores))
+    table = pd.DataFrame(rows).assign(value=list(values), front=False)
+    whole = table["prompts"] == table["prompts"].max()
+    table.loc[whole, "front"] = front(table.loc[whole, [f"score_{name}" for name in objectives]].to_numpy())
+    return table
 
 
 def _write_results(
@@ -230,13 +191,13 @@ def _write_results(
             "value": row["value"],
         }
 
-    rows = table.to_dict("records")
+    rows = table[table["prompts"] == table["prompts"].max()].to_dict("records")  # lost races are estimates of less
     result = {
         "proposer": experiment.search.proposer,
         "scalarize": experiment.search.scalarize,
         "preferences": dict(experiment.search.preferences),
         "prompts": "validation",
-        "trials": len(rows),
+        "trials": len(table),
         "best": point(max(rows, key=lambda row: row["value"])),
         "front": [point(row) for row in rows if row["front"]],
     }

@@ -68,7 +68,7 @@ def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float],
     objectives, path = list(experiment.objectives), experiment.output / "search"
     shares = [point for point in product(range(steps + 1), repeat=len(objectives)) if sum(point) == steps]
     noise = np.random.default_rng(0)
-    notes = {"errors": [0.02] * len(objectives), "cost": {"seconds": 1.0}}
+    notes = {"errors": [0.02] * len(objectives), "cost": {"seconds": 1.0, "prompts": 32}}
     finished = [
         Finished(
             number,

@@ -13,7 +13,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from emorl.config import UserError
-from emorl.search.study import Scored, finished_trials, open_study, search
+from emorl.search.study import Budget, Finished, Scored, finished_trials, open_study, search
 
 DISTRIBUTIONS = {"x": FloatDistribution(0.0, 1.0)}
 ALL = [{"x": i / 20} for i in range(21)]
@@ -56,8 +56,8 @@ def test_a_finished_search_evaluates_nothing_again(tmp_path):
 
 
 def test_the_number_of_trials_is_respected_over_restarts(tmp_path):
-    assert len(search(opened(tmp_path / "j.log"), in_levels, evaluate, DISTRIBUTIONS, batch=4, trials=7)) == 7
-    assert len(search(opened(tmp_path / "j.log"), in_levels, evaluate, DISTRIBUTIONS, batch=4, trials=9)) == 9
+    assert len(search(opened(tmp_path / "j.log"), in_levels, evaluate, DISTRIBUTIONS, batch=4, budget=Budget(trials=7))) == 7
+    assert len(search(opened(tmp_path / "j.log"), in_levels, evaluate, DISTRIBUTIONS, batch=4, budget=Budget(trials=9))) == 9
 
 
 def test_an_error_while_evaluating_reaches_the_user_and_loses_nothing(tmp_path):
@@ -131,7 +131,7 @@ def test_several_workers_share_one_study_without_evaluating_anything_twice(tmp_p
 
 def test_a_line_cut_short_is_set_aside_and_said(tmp_path, caplog):
     journal = tmp_path / "j.log"
-    first = search(opened(journal), in_levels, evaluate, DISTRIBUTIONS, trials=5)
+    first = search(opened(journal), in_levels, evaluate, DISTRIBUTIONS, budget=Budget(trials=5))
     with journal.open("ab") as file:
         file.write(b'{"op_code": 6, "wor')
     assert finished_trials(opened(journal)) == first
@@ -143,7 +143,7 @@ def test_a_line_cut_short_is_set_aside_and_said(tmp_path, caplog):
 @pytest.mark.parametrize("damage", [b"garbage\n", b'{"op_code": 6}\n', b"[1, 2]\n", b"\x00\x01\n"])
 def test_a_damaged_journal_is_refused_and_left_as_it_is(tmp_path, damage):
     journal = tmp_path / "j.log"
-    search(opened(journal), in_levels, evaluate, DISTRIBUTIONS, trials=3)
+    search(opened(journal), in_levels, evaluate, DISTRIBUTIONS, budget=Budget(trials=3))
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:4]) + damage + b"".join(lines[4:]))
     content = journal.read_bytes()
@@ -173,3 +173,41 @@ def test_a_database_is_a_storage_too(tmp_path):
     finished = search(open_study(url, ["a", "b"], "s"), in_levels, evaluate, DISTRIBUTIONS)
     assert [trial.params for trial in finished] == ALL
     assert len(json.dumps(finished[0].notes)) > 0
+
+
+def costing(seconds, tokens):
+    def evaluate(candidates):
+        return [Scored((p["x"], 0.0), {"cost": {"seconds": seconds, "tokens": tokens}}) for p in candidates]
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Budget(seconds=10.0), 6),  # 1.5 s each
+        (Budget(tokens=75), 3),  # 25 each
+        (Budget(seconds=10.0, tokens=75), 3),
+        (Budget(trials=2, seconds=10.0), 2),
+        (Budget(seconds=0.1), 1),  # one tells what they cost
+        (Budget(), 21),
+    ],
+)
+def test_a_budget_is_not_exceeded_whatever_the_batch(tmp_path, budget, expected):
+    for batch in (1, 4, 100):
+        study = opened(tmp_path / f"{batch}.log")
+        assert len(search(study, in_levels, costing(1.5, 25), DISTRIBUTIONS, batch=batch, budget=budget)) == expected
+
+
+def test_a_budget_counts_what_former_runs_spent(tmp_path):
+    for seconds, expected in ((5.0, 3), (9.0, 6)):
+        study = opened(tmp_path / "j.log")
+        assert len(search(study, in_levels, costing(1.5, 25), DISTRIBUTIONS, budget=Budget(seconds=seconds))) == expected
+
+
+def test_room_is_judged_by_the_average_cost():
+    finished = [Finished(i, {}, (0.0,), {"cost": {"seconds": s, "tokens": 10}}) for i, s in enumerate((1.0, 3.0))]
+    assert Budget(seconds=11.0).room(finished) == 3
+    assert Budget(tokens=19).room(finished) == 0
+    assert Budget(trials=10, seconds=11.0).room(finished) == 3
+    assert Budget().room(finished) is None

@@ -1,0 +1,191 @@
+"""Candidates that are weights become scores on the validation prompts: the expensive half of the weight search.
+
+Greedy candidates are decoded as one trie, with all prefixes remembered for the whole search; any other decoding runs
+through `generate()`, one candidate after the other with the same random numbers. Each text is scored once. With
+`search.race`, candidates that are clearly worse than the best on the first prompts do not see the others.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from datasets import Dataset
+
+from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.trie import TrieDecoder, plain_greedy
+from emorl.config import UserError
+from emorl.data import load_prompts
+from emorl.evaluation.memo import ScoreMemo
+from emorl.evaluation.scoring import completions_table, generate, mean_and_error, score
+from emorl.experiment import Experiment, SearchConfig
+from emorl.objectives.loading import Objective, load_objective
+from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
+from emorl.policies.prompts import encode, is_chat
+from emorl.search.racing import blocks, survivors
+from emorl.search.study import Finished, Params, Scored
+from emorl.search.weight_space import WeightSpace
+
+_ROWS = 256  # sequences decoded together by generate()
+
+ScoreValue = Callable[[np.ndarray], np.ndarray]
+"""Mean scores (..., O) -> values (...,), to be maximised."""
+
+
+class WeightEvaluator:
+    """Some candidates -> their scores; notes hold the standard errors, the cost, and how many prompts were seen."""
+
+    def __init__(
+        self,
+        ensemble: HiddenStateEnsemble,
+        base: Base,
+        data: Dataset,
+        objectives: Sequence[Objective],
+        space: WeightSpace,
+        search: SearchConfig,
+        *,
+        generation: Mapping[str, Any],
+        seed: int,
+        value: ScoreValue,
+        memo: ScoreMemo,
+    ) -> None:
+        """`value` ranks candidates in a race; the other arguments are those of the experiment."""
+        self._ensemble, self._base, self._data, self._objectives = ensemble, base, data, objectives
+        self._space, self._search, self._generation, self._seed = space, search, generation, seed
+        self._value, self._memo = value, memo
+        self._prompts = list(data["prompt"])
+        self._trie = self._new_trie()
+        self._best: np.ndarray | None = None  # (P, O) scores of the best candidate that saw all prompts
+
+    @classmethod
+    def load(
+        cls, experiment: Experiment, adapters: Mapping[str, Path], space: WeightSpace, value: ScoreValue, memo: ScoreMemo
+    ) -> Self:
+        """Loads prompts, objectives, base and policies."""
+        splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+        objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
+        base = load_base(experiment.base)
+        policies = read_policies(adapters, base)
+        try:
+            ensemble = HiddenStateEnsemble(base.model, policies, include_base=experiment.search.include_base)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        generation = {**experiment.generation, **experiment.search.generation}
+        return cls(
+            ensemble,
+            base,
+            splits.validation,
+            objectives,
+            space,
+            experiment.search,
+            generation=generation,
+            seed=experiment.seed,
+            value=value,
+            memo=memo,
+        )
+
+    def _new_trie(self) -> TrieDecoder | None:
+        greedy = plain_greedy(self._ensemble, self._generation)
+        if greedy is None or self._search.samples > 1:
+            return None
+        inputs = encode(self._base.tokenizer, self._prompts)
+        memory = _free_memory() // 2 if self._search.memory is None else int(self._search.memory * 2**30)
+        try:
+            return TrieDecoder(self._ensemble, inputs["input_ids"], inputs["attention_mask"], **greedy, memory=memory)
+        except ValueError as error:
+            raise UserError(f"search.memory: {error}") from None
+
+    def remember(self, finished: Sequence[Finished]) -> None:
+        """Takes the best candidate of former runs into the races."""
+        for trial in finished:
+            if "by_prompt" in trial.notes:
+                self._challenge(np.array(trial.notes["by_prompt"], dtype=float))
+
+    def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
+        vectors = torch.tensor([self._space.vector(candidate) for candidate in candidates])  # (C, K)
+        names = [objective.name for objective in self._objectives]
+        rounds = [len(self._data)] if self._search.race is None else blocks(len(self._data), self._search.race_prompts)
+        scores = np.full((len(candidates), len(self._data), len(names)), np.nan)
+        costs = [{"prompts": 0, "completions": 0, "tokens": 0, "reward_calls": 0, "seconds": 0.0} for _ in candidates]
+        racing, seen = np.arange(len(candidates)), 0
+        for upto in rounds:
+            if len(racing) == 0:  # the best of an earlier batch has won
+                break
+            start, scored_before = time.perf_counter(), self._memo.scored
+            table = score(self._complete(vectors[racing], range(seen, upto)), self._data, self._objectives, self._memo)
+            calls = self._memo.scored - scored_before
+            for index, candidate in enumerate(racing):
+                rows = table[table["candidate"] == index]
+                scores[candidate, seen:upto] = rows.groupby("prompt_index")[names].mean()
+                costs[candidate]["prompts"] += upto - seen
+                costs[candidate]["completions"] += len(rows)
+                costs[candidate]["tokens"] += int(rows["tokens"].sum())
+                costs[candidate]["reward_calls"] += calls // len(racing) + (index < calls % len(racing))
+                costs[candidate]["seconds"] += (time.perf_counter() - start) / len(racing)
+            seen = upto
+            if upto < len(self._data):
+                racing = racing[self._still_racing(scores[racing, :upto], len(candidates) * len(rounds))]
+        if self._search.race is not None:
+            for candidate in racing:
+                self._challenge(scores[candidate])
+        return [self._scored(one, cost) for one, cost in zip(scores, costs, strict=True)]
+
+    def _still_racing(self, scores: np.ndarray, comparisons: int) -> np.ndarray:
+        """Which of the candidates' scores (C, N, O) may still become the best ones: (C,) booleans."""
+        assert self._search.race is not None
+        known = [] if self._best is None else [self._best[None, : scores.shape[1]]]
+        field = np.concatenate([scores, *known])
+        return survivors(field, self._value, self._search.race, comparisons)[: len(scores)]
+
+    def _challenge(self, scores: np.ndarray) -> None:
+        if self._best is None or self._value(np.nanmean(scores, 0)) > self._value(np.nanmean(self._best, 0)):
+            self._best = scores
+
+    def _scored(self, scores: np.ndarray, cost: Mapping[str, Any]) -> Scored:
+        """The trial of scores (P, O), of which `cost["prompts"]` rows are known."""
+        names = [objective.name for objective in self._objectives]
+        seen = cost["prompts"]
+        rows = pd.DataFrame(scores[:seen], columns=names).assign(prompt_index=range(seen))
+        means, errors = mean_and_error(rows, names)
+        for name, mean in zip(names, means, strict=True):
+            if np.isnan(mean):
+                raise UserError(f"objective {name!r} returned None for every one of {seen} prompts; a search needs scores")
+        notes: dict[str, Any] = {"errors": errors, "cost": dict(cost)}
+        if self._search.race is not None and seen == len(self._data):
+            notes["by_prompt"] = scores.round(6).tolist()
+        return Scored(tuple(means), notes)
+
+    def _complete(self, vectors: torch.Tensor, prompts: range) -> pd.DataFrame:
+        """Completions of weights (C, K) for some of the prompts, with a column `candidate`."""
+        if self._trie is not None:
+            tokens = self._trie.decode(vectors, prompts)  # (C, P, T)
+            order = [(index, 0) for index in prompts] * len(vectors)
+            table = completions_table(self._base.tokenizer, self._prompts, order, tokens.flatten(0, 1))
+            return table.assign(candidate=np.repeat(np.arange(len(vectors)), len(prompts)))
+        return pd.concat(
+            [self._generate(vector, prompts).assign(candidate=index) for index, vector in enumerate(vectors)],
+            ignore_index=True,
+        )
+
+    def _generate(self, vector: torch.Tensor, prompts: range) -> pd.DataFrame:
+        """One candidate alone, so that all see the same random numbers."""
+        table = generate(
+            self._ensemble,
+            self._base.tokenizer,
+            self._prompts[prompts.start : prompts.stop],
+            self._generation,
+            samples=self._search.samples,
+            batch=_ROWS,
+            seed=self._seed + prompts.start,
+            per_prompt={"weights": vector.expand(len(prompts), -1)},
+        )
+        return table.assign(prompt_index=table["prompt_index"] + prompts.start)
+
+
+def _free_memory() -> int:
+    """Bytes that are free where the model runs."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
