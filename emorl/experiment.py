@@ -93,10 +93,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=_strict)
 class SearchConfig:
-    proposer: str = "hierarchical_grid"
-    """hierarchical_grid (paper), or an Optuna sampler: tpe, gp, nsga2, cma_es, qmc, random"""
+    proposer: str = "auto"
+    """simplex_refinement (what auto stands for), hierarchical_grid (paper), or an Optuna sampler: tpe, gp, nsga2, cma_es,
+    qmc, random"""
     levels: int = Field(default=5, ge=1, le=12)
-    """hierarchical grid: halvings of the box (paper: 5, a precision of 1/32)"""
+    """of a grid: halvings of its step (paper: 5, a precision of 1/32)"""
     trials: int | None = Field(default=None, ge=1)
     """budget: most candidates evaluated; an Optuna sampler without any budget gets 100"""
     seconds: float | None = Field(default=None, gt=0)

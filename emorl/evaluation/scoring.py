@@ -83,7 +83,8 @@ def completions_table(
     Args:
         order: prompt_index and sample of each row.
     """
-    lengths = completion_ids.ne(tokenizer.pad_token_id).sum(1).tolist()
+    pad: Any = tokenizer.pad_token_id
+    lengths = completion_ids.ne(pad).sum(1).tolist()
     texts = decode(tokenizer, completion_ids)
     return pd.DataFrame(
         {

@@ -24,6 +24,7 @@ from emorl.progress import Progress, Silent
 from emorl.runs import Cost, open_run, read_json, write_json, written_whole
 from emorl.search.hierarchical_grid import HierarchicalGrid, Valuation
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.simplex_refinement import SimplexRefinement
 from emorl.search.study import Budget, Finished, Proposer, finished_trials, open_study
 from emorl.search.study import search as run_search
 from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
@@ -31,7 +32,8 @@ from emorl.search.weight_space import WeightSpace
 from emorl.training.grpo import policy_directories
 
 STUDY_NAME = "weights"
-GRID = "hierarchical_grid"
+GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}
+AUTO = "auto"
 _DEFAULT_TRIALS = 100
 
 
@@ -56,7 +58,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     space = WeightSpace((*adapters, *([BASE_POLICY] if experiment.search.include_base else [])))
     value = _valuation(experiment, space)
     proposer, expected = _proposer(experiment, space, value)
-    progress.say(f"search: {experiment.search.proposer} over the weights of {', '.join(space.policies)}")
+    progress.say(f"search: {chosen_proposer(experiment.search)} over the weights of {', '.join(space.policies)}")
     memo = ScoreMemo(run.path / "scores.sqlite")
     evaluator = WeightEvaluator.load(experiment, adapters, space, _score_value(experiment), memo)
     study = open_study(experiment.search.storage or run.path / "journal.log", objectives, _study_name(experiment))
@@ -84,10 +86,14 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
 
 
 def check_proposer(config: SearchConfig) -> None:
-    if config.proposer != GRID and config.proposer not in SAMPLERS:
-        raise UserError(
-            f"search.proposer: no proposer is called {config.proposer!r}; {nearest(config.proposer, [GRID, *SAMPLERS])}"
-        )
+    names = [AUTO, *GRIDS, *SAMPLERS]
+    if config.proposer not in names:
+        raise UserError(f"search.proposer: no proposer is called {config.proposer!r}; {nearest(config.proposer, names)}")
+
+
+def chosen_proposer(config: SearchConfig) -> str:
+    """What `auto` stands for: the proposer that `benchmarks/proposers.py` found best, whatever the number of policies."""
+    return "simplex_refinement" if config.proposer == AUTO else config.proposer
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
@@ -137,11 +143,11 @@ def _score_value(experiment: Experiment) -> ScoreValue:
 
 def _proposer(experiment: Experiment, space: WeightSpace, value: Valuation) -> tuple[Proposer, int]:
     """The proposer, and about how many trials it will take."""
-    config = experiment.search
-    if config.proposer == GRID:
-        grid = HierarchicalGrid(space, config.levels, value)
+    config, name = experiment.search, chosen_proposer(experiment.search)
+    if name in GRIDS:
+        grid = GRIDS[name](space, config.levels, value)
         return grid, min(grid.expected_trials, config.trials or grid.expected_trials)
-    sampler = OptunaProposer(config.proposer, space, len(experiment.objectives), value, experiment.seed)
+    sampler = OptunaProposer(name, space, len(experiment.objectives), value, experiment.seed)
     return sampler, config.trials or _DEFAULT_TRIALS
 
 
@@ -193,7 +199,7 @@ def _write_results(
 
     rows = table[table["prompts"] == table["prompts"].max()].to_dict("records")  # lost races are estimates of less
     result = {
-        "proposer": experiment.search.proposer,
+        "proposer": chosen_proposer(experiment.search),
         "scalarize": experiment.search.scalarize,
         "preferences": dict(experiment.search.preferences),
         "prompts": "validation",

@@ -7,12 +7,14 @@ import pytest
 
 from emorl.search.hierarchical_grid import HierarchicalGrid
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.simplex_refinement import SimplexRefinement
 from emorl.search.study import Finished
 from emorl.search.weight_space import WeightSpace
 
 SPACE = WeightSpace(("a", "b", "c"))
 BEST = np.array([0.5, 0.3, 0.2])
 LIMIT = 40
+GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}
 
 
 def mean(finished):
@@ -26,8 +28,8 @@ def scores_of(params):
 
 
 def make(name, seed=0):
-    if name == "hierarchical_grid":
-        return HierarchicalGrid(SPACE, levels=3, value=mean)
+    if name in GRIDS:
+        return GRIDS[name](SPACE, levels=3, value=mean)
     return OptunaProposer(name, SPACE, objectives=2, value=mean, seed=seed)
 
 
@@ -44,7 +46,7 @@ def run(proposer, limit=LIMIT, finished=()):
     return finished
 
 
-NAMES = ["hierarchical_grid", *SAMPLERS]
+NAMES = [*GRIDS, *SAMPLERS]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
