@@ -3,16 +3,20 @@
 Rivals: one LoRA policy under PEFT's own `generate()` (the price of a single policy), PEFT switching adapters policy by
 policy at every step, PEFT's mixed batch (`adapter_names`), and `ParameterAverage`. The rivals' loops keep a KV cache
 and do nothing but the forward, the weighted mean of hidden states and argmax. All ways of one K must give identical
-tokens. Random models: speed does not depend on the values. Methods are interleaved within each repeat, so that a busy
-machine slows all of them alike; a ratio is the median over repeats of the ratio inside one repeat.
+tokens (in float32). Random models: speed does not depend on the values, except of speculative decoding
+(`--speculative`, batch 1): there the parameter average drafts and the ensemble verifies through transformers' own
+assisted generation, and how much is accepted depends on `--distance`, the standard deviation of the adapters' B. Methods
+are interleaved within each repeat, so that a busy machine slows all of them alike; a ratio is the median over repeats of
+the ratio inside one repeat.
 
     python -m benchmarks.decode --sizes tiny 134m --batch 1 8 --repeats 7 --threads 2
+    python -m benchmarks.decode --sizes 134m --batch 64 --rivals none
+    python -m benchmarks.decode --sizes 134m --batch 1 --policies 3 --rivals none --speculative --distance 0.002
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -43,17 +47,19 @@ SINGLE = "peft, one policy"
 Decode = Callable[[Tensor], Tensor]
 
 
-def make_policies(size: str, rank: int, count: int, directory: Path) -> tuple[PreTrainedModel, list[Path]]:
+def make_policies(
+    size: str, rank: int, count: int, directory: Path, distance: float = 0.05, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, list[Path]]:
     """A random base and the directories of `count` random adapters on all its projections."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[size], tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    base = LlamaForCausalLM(config).eval()
+    base = LlamaForCausalLM(config).eval().to(dtype)
     paths = []
     for index in range(count):
         adapted = get_peft_model(deepcopy(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
+                torch.nn.init.normal_(parameter, std=distance)
         adapted.save_pretrained(str(directory / f"policy{index}"))
         paths.append(directory / f"policy{index}")
     return base, paths
@@ -114,26 +120,37 @@ def mixed_batch(model: PeftModel, names: list[str], new_tokens: int) -> Decode:
     return decode
 
 
-def make_methods(base: PreTrainedModel, paths: list[Path], counts: list[int], new_tokens: int) -> dict[str, Decode]:
+def speculating(ensemble: HiddenStateEnsemble, drafter: ParameterAverage, new_tokens: int) -> Decode:
+    """Assisted generation: what it gives is the ensemble's greedy output, whatever the drafter says."""
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "assistant_model": drafter}
+    return lambda prompts: ensemble.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
+
+
+def make_methods(
+    base: PreTrainedModel, paths: list[Path], counts: list[int], new_tokens: int, rivals: bool, speculative: bool
+) -> dict[str, Decode]:
     """Every way of decoding, by a label that starts with K where there is one."""
     methods = {SINGLE: generating(load_peft(base, paths[:1]), new_tokens)}
     for count in counts:
         adapters = {path.name: read_adapter(path) for path in paths[:count]}
         peft_model, names = load_peft(base, paths[:count]), list(adapters)
-        methods[f"K={count} ensemble"] = generating(HiddenStateEnsemble(base, adapters), new_tokens)
-        if count > 1:
+        ensemble, average = HiddenStateEnsemble(base, adapters), ParameterAverage(base, adapters)
+        methods[f"K={count} ensemble"] = generating(ensemble, new_tokens)
+        if count > 1 and speculative:
+            methods[f"K={count} speculative"] = speculating(ensemble, average, new_tokens)
+        if count > 1 and rivals:
             methods[f"K={count} peft switching"] = switching(peft_model, names, new_tokens)
             methods[f"K={count} peft mixed batch"] = mixed_batch(peft_model, names, new_tokens)
-            methods[f"K={count} parameter average"] = generating(ParameterAverage(base, adapters), new_tokens)
+            methods[f"K={count} parameter average"] = generating(average, new_tokens)
     return methods
 
 
-def check_same_tokens(methods: dict[str, Decode], prompts: Tensor) -> None:
-    """Also the warm-up. Everything that aggregates must agree; the parameter average is another model."""
+def check_same_tokens(methods: dict[str, Decode], prompts: Tensor, exact: bool) -> None:
+    """Also the warm-up. Everything that aggregates must agree, in float32; the parameter average is another model."""
     tokens = {label: decode(prompts) for label, decode in methods.items()}
     for label, found in tokens.items():
         reference = SINGLE if label.startswith("K=1 ") else label.split()[0] + " ensemble"
-        if label != SINGLE and "average" not in label and not torch.equal(found, tokens[reference]):
+        if exact and label != SINGLE and "average" not in label and not torch.equal(found, tokens[reference]):
             raise SystemExit(f"{label} gives other tokens than {reference}: they do not compute the same thing.")
 
 
@@ -149,9 +166,9 @@ def measure(methods: dict[str, Decode], prompts: Tensor, repeats: int, clock: Ca
     return seconds
 
 
-def measure_machine() -> tuple[float, float]:
-    """(bytes/s read from memory, fp32 FLOP/s): best of several."""
-    large, square = torch.ones(64 * 2**20), torch.ones(1536, 1536)  # 256 MiB; 9 MiB
+def measure_machine(dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes/s read from memory, FLOP/s in this precision): best of several."""
+    large, square = torch.ones(64 * 2**20), torch.ones(1536, 1536, dtype=dtype)  # 256 MiB; 9 MiB
     reading = min(_seconds(large.sum) for _ in range(7))
     multiplying = min(_seconds(lambda: square @ square) for _ in range(7))
     return large.numel() * 4 / reading, 2 * 1536**3 / multiplying
@@ -164,21 +181,24 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def lower_bound(base: PreTrainedModel, paths: list[Path], batch: int, tokens: int, machine: tuple[float, float]) -> float:
-    """Seconds no float32 forward of `tokens` tokens can beat: read all parameters once, or do the multiplications."""
+    """Seconds no forward of `tokens` tokens can beat: read all parameters once, or do the multiplications."""
     head = base.get_output_embeddings().weight.numel()
     parameters = sum(parameter.numel() for parameter in base.parameters())  # the head is the embedding, counted once
     lora = sum(factor.numel() for path in paths for pair in read_adapter(path).factors.values() for factor in pair)
     multiplications = batch * (tokens * (len(paths) * (parameters - head) + lora) + head)
-    return max((parameters + lora) * 4 / machine[0], 2 * multiplications / machine[1])
+    element = base.dtype.itemsize
+    return max((parameters + lora) * element / machine[0], 2 * multiplications / machine[1])
 
 
 def run_case(size: str, batch: int, options: argparse.Namespace, machine: tuple[float, float]) -> list[dict[str, object]]:
     """One row per method for one model size and batch size."""
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        base, paths = make_policies(size, options.rank, max(options.policies), Path(directory))
-        methods = make_methods(base, paths, options.policies, options.new_tokens)
+        dtype = getattr(torch, options.dtype)
+        base, paths = make_policies(size, options.rank, max(options.policies), Path(directory), options.distance, dtype)
+        speculative = options.speculative and batch == 1
+        methods = make_methods(base, paths, options.policies, options.new_tokens, options.rivals == "all", speculative)
         prompts = torch.randint(1, base.config.vocab_size, (batch, options.prompt_tokens))
-        check_same_tokens(methods, prompts)
+        check_same_tokens(methods, prompts, exact=dtype == torch.float32)
         seconds = measure(methods, prompts, options.repeats, CLOCKS[options.clock])
         bounds = {
             count: lower_bound(base, paths[:count], batch, options.prompt_tokens, machine)
@@ -227,12 +247,16 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for a busy machine; use 1 thread"
     )
+    parser.add_argument("--rivals", choices=["all", "none"], default="all", help="none: only one policy and the ensemble")
+    parser.add_argument("--speculative", action="store_true", help="also draft with the parameter average, at batch 1")
+    parser.add_argument("--distance", type=float, default=0.05, help="standard deviation of the adapters' B")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = measure_machine()
+    machine = measure_machine(getattr(torch, options.dtype))
     print(
-        f"{platform.machine()}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"{options.dtype}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{machine[0] / 1e9:.1f} GB/s, {machine[1] / 1e9:.0f} GFLOP/s\n"
     )
     print("| model | batch | method | tokens/s (lowest–highest) | time / one policy | time / bound |")

