@@ -7,14 +7,17 @@
 (b) *cached*: `HiddenStateEnsemble.generate()` with its cache, one candidate at a time, each distinct direction once.
 (c) *ours*: `TrieDecoder` behind the same proposer.
 
-All ways score the same texts with the same objectives (shares of tokens by their number), so they must find the same best
-point; (b) and (c) run to the end and are compared candidate by candidate, (a) on the fraction that is timed.
+All ways score texts with the same objectives (shares of tokens by their number). (b) and (c) run to the end and their texts
+are compared candidate by candidate, those of (a) on the fraction that is timed. A text may differ where two tokens tie
+within rounding, and may then send a search into another box. "same best" says whether (a)'s procedure, all 135 points, ends
+at (c)'s best point when it is given (c)'s scores.
 
 Random models. How much there is to share depends on how far apart the policies are: `--distance` is the standard deviation
 of the adapters' B. "rows shared" says what came of it: tokens asked for / prefixes computed. Trained policies are closer
 than any of these random ones: `benchmarks/README.md` gives them beside it.
 
-    python -m benchmarks.search --models causal t5 --distance 0.0015 --threads 2
+    python -m benchmarks.search --models causal t5 --distance 0.002 --threads 2
+    python -m benchmarks.search --runs runs/counselling --new-tokens 40
 """
 
 import argparse
@@ -25,7 +28,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -36,10 +41,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder
+from emorl.data import load_prompts
+from emorl.experiment import load_run
 from emorl.policies.adapters import read_adapter
+from emorl.policies.loading import load_base
+from emorl.policies.prompts import encode, is_chat
 from emorl.search.hierarchical_grid import HierarchicalGrid
 from emorl.search.study import Finished
 from emorl.search.weight_space import WeightSpace
+from emorl.training.grpo import policy_directories
 
 POLICIES, LEVELS, AUTHORS_BATCH = 3, 5, 16
 AUTHORS_EVALUATIONS = LEVELS * 3**POLICIES
@@ -67,21 +77,44 @@ def make_base(kind: str) -> PreTrainedModel:
     return model
 
 
-def make_policies(
-    kind: str, base: PreTrainedModel, distance: float, directory: Path
-) -> tuple[dict[str, Path], list[PreTrainedModel]]:
-    """Directories of the policies' adapters, and the same policies as full models."""
-    paths, merged = {}, []
+@dataclass
+class Case:
+    """The same policies as an ensemble and as full models, with prompts and the token that ends a text."""
+
+    ensemble: HiddenStateEnsemble
+    merged: list[PreTrainedModel]
+    inputs: dict[str, Tensor]
+    end: int
+
+
+def random_case(kind: str, options: argparse.Namespace) -> Case:
+    base = make_base(kind)
     task = "CAUSAL_LM" if kind == "causal" else "SEQ_2_SEQ_LM"
-    for name in SPACE.policies:
-        adapted = get_peft_model(deepcopy(base), LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS[kind], task_type=task))
-        for key, parameter in adapted.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter, std=distance)
-        paths[name] = directory / name
-        adapted.save_pretrained(str(paths[name]))
-        merged.append(PeftModel.from_pretrained(deepcopy(base), str(paths[name])).merge_and_unload().eval())
-    return paths, merged
+    with tempfile.TemporaryDirectory() as directory:
+        paths = {name: Path(directory) / name for name in SPACE.policies}
+        for path in paths.values():
+            config = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS[kind], task_type=task)
+            adapted = get_peft_model(deepcopy(base), config)
+            for key, parameter in adapted.named_parameters():
+                if "lora_B" in key:
+                    torch.nn.init.normal_(parameter, std=options.distance)
+            adapted.save_pretrained(str(path))
+        return make_case(base, paths, make_prompts(options.prompts, options.prompt_tokens), 1)
+
+
+def trained_case(run: Path) -> Case:
+    """The base, the policies and the validation prompts of a finished run with three policies."""
+    experiment = load_run(run)
+    base = load_base(experiment.base)
+    data = load_prompts(experiment.data, experiment.seed, is_chat(base.tokenizer)).validation
+    paths = dict(zip(SPACE.policies, policy_directories(experiment).values(), strict=True))
+    end: Any = base.tokenizer.eos_token_id
+    return make_case(base.model, paths, dict(encode(base.tokenizer, list(data["prompt"]))), end)
+
+
+def make_case(base: PreTrainedModel, paths: Mapping[str, Path], inputs: dict[str, Tensor], end: int) -> Case:
+    merged = [PeftModel.from_pretrained(deepcopy(base), str(path)).merge_and_unload().eval() for path in paths.values()]
+    return Case(HiddenStateEnsemble(base, {name: read_adapter(path) for name, path in paths.items()}), merged, inputs, end)
 
 
 def make_prompts(prompts: int, length: int) -> dict[str, Tensor]:
@@ -92,8 +125,10 @@ def make_prompts(prompts: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(3, 32128, (prompts, length), generator=generator) * mask, "attention_mask": mask}
 
 
-def authors(models: list[PreTrainedModel], inputs: Mapping[str, Tensor], new_tokens: int) -> Evaluate:
-    """Their loop for one candidate (K,): all models on the whole prefix at every step, until all rows end at once."""
+def authors(case: Case, new_tokens: int) -> Evaluate:
+    """Their loop for one candidate (K,) and one batch: all models on the whole prefix at every step, until all rows end at
+    once."""
+    models, inputs = case.merged, {name: tensor[:AUTHORS_BATCH] for name, tensor in case.inputs.items()}
     head = models[0].get_output_embeddings()
     assert head is not None
     entering: list[Tensor] = []  # each model's last hidden state before its head
@@ -120,26 +155,25 @@ def authors(models: list[PreTrainedModel], inputs: Mapping[str, Tensor], new_tok
             mixed = torch.einsum("kbh,k->bh", torch.stack(entering), weights)
             chosen = torch.nn.functional.linear(mixed, head.weight).argmax(-1, keepdim=True)
             tokens, mask = torch.cat([tokens, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
-            if bool((chosen == 1).all()):
+            if bool((chosen == case.end).all()):
                 break
         return tokens[:, begin:]
 
     return decode
 
 
-def until_end(tokens: Tensor, length: int) -> Tensor:
+def until_end(tokens: Tensor, end: int, length: int) -> Tensor:
     """Tokens (P, T) with padding after the first end token, as wide as asked."""
-    ended = (tokens == 1).cumsum(-1) - (tokens == 1).long() > 0
+    ended = (tokens == end).cumsum(-1) - (tokens == end).long() > 0
     return torch.nn.functional.pad(tokens.masked_fill(ended, 0), (0, length - tokens.shape[1]))
 
 
-def one_by_one(ensemble: HiddenStateEnsemble, inputs: Mapping[str, Tensor], new_tokens: int) -> Evaluate:
-    begin = 1 if ensemble.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+def one_by_one(case: Case, new_tokens: int) -> Evaluate:
+    begin = 1 if case.ensemble.config.is_encoder_decoder else case.inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": case.end, "pad_token_id": 0}
 
     def evaluate(weights: Tensor) -> Tensor:
-        found = [
-            ensemble.generate(**inputs, weights=row, max_new_tokens=new_tokens, do_sample=False)[:, begin:] for row in weights
-        ]
+        found = [case.ensemble.generate(**case.inputs, **options, weights=row)[:, begin:] for row in weights]
         return torch.stack([torch.nn.functional.pad(tokens, (0, new_tokens - tokens.shape[1])) for tokens in found])
 
     return evaluate
@@ -191,7 +225,10 @@ def as_params(point: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(SPACE.policies, point, strict=True))
 
 
-def best_box(low: tuple[float, ...], high: tuple[float, ...], values: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Point = tuple[float, ...]
+
+
+def best_box(low: Point, high: Point, values: Mapping[Point, float]) -> tuple[Point, Point]:
     """The sub-box with the best corners on average (theirs takes the sum; the zero point has no score here)."""
     middle = tuple((lo + hi) / 2 for lo, hi in zip(low, high, strict=True))
     boxes = []
@@ -203,38 +240,31 @@ def best_box(low: tuple[float, ...], high: tuple[float, ...], values: dict) -> t
     return best_low, best_high
 
 
-def run_case(kind: str, options: argparse.Namespace) -> dict[str, object]:
-    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        base = make_base(kind)
-        paths, merged = make_policies(kind, base, options.distance, Path(directory))
-        ensemble = HiddenStateEnsemble(base, {name: read_adapter(path) for name, path in paths.items()})
-    inputs = make_prompts(options.prompts, options.prompt_tokens)
-    one_by_one(ensemble, inputs, 2)(torch.ones(1, POLICIES))  # warms up
-
-    part = {name: tensor[:AUTHORS_BATCH] for name, tensor in inputs.items()}
+def run_case(label: str, case: Case, new_tokens: int) -> dict[str, object]:
+    one_by_one(case, 2)(torch.ones(1, POLICIES))  # warms up
+    prompts = len(case.inputs["input_ids"])
     start = time.perf_counter()
-    sample = authors(merged, part, options.new_tokens)(torch.tensor([0.5, 0.5, 0.5]))
+    sample = authors(case, new_tokens)(torch.tensor([0.5, 0.5, 0.5]))
     timed = time.perf_counter() - start
-    batches = -(-options.prompts // AUTHORS_BATCH) * AUTHORS_EVALUATIONS
-    del merged
+    batches = -(-prompts // AUTHORS_BATCH) * AUTHORS_EVALUATIONS
 
     def trie(weights: Tensor) -> Tensor:
         return decoder.decode(weights)
 
     start = time.perf_counter()
-    decoder = TrieDecoder(ensemble, **inputs, max_new_tokens=options.new_tokens, eos_token_id=1)
+    decoder = TrieDecoder(case.ensemble, **case.inputs, max_new_tokens=new_tokens, eos_token_id=case.end)
     reading = time.perf_counter() - start
     ours, our_texts, our_seconds = search(trie)
-    cached, cached_texts, cached_seconds = search(one_by_one(ensemble, inputs, options.new_tokens))
-    equal = next(text for trial, text in zip(cached, cached_texts, strict=True) if len(set(trial.params.values())) == 1)
-    same = [params.params for params in ours] == [params.params for params in cached]
-    different = (
-        sum(int((one != other).any(-1).sum()) for one, other in zip(our_texts, cached_texts, strict=True)) if same else None
-    )
+    cached, cached_texts, cached_seconds = search(one_by_one(case, new_tokens))
+    theirs = {tuple(trial.params.values()): text for trial, text in zip(cached, cached_texts, strict=True)}
+    mine = {tuple(trial.params.values()): text for trial, text in zip(ours, our_texts, strict=True)}
+    pairs = [(text, theirs[weights]) for weights, text in mine.items() if weights in theirs]
+    equal = next(text for weights, text in theirs.items() if len(set(weights)) == 1)
+    different = sum(int((one != other).any(-1).sum()) for one, other in pairs)
     ours_total = our_seconds + reading
-    bests = [max(finished, key=lambda trial: value([trial])[0]).params for finished in (ours, cached)]
+    bests = [max(finished, key=lambda trial: value([trial])[0]) for finished in (ours, cached)]
     return {
-        "model": kind,
+        "model": label,
         "candidates": len(ours),
         "seconds_a": timed * batches,
         "timed_a": f"1 of {batches} batches",
@@ -244,17 +274,19 @@ def run_case(kind: str, options: argparse.Namespace) -> dict[str, object]:
         "b_to_c": cached_seconds / ours_total,
         "rows_shared": decoder.work.tokens / decoder.work.rows,
         "different_texts": different,
-        "texts": len(ours) * options.prompts,
-        "a_same_texts": int((until_end(sample, options.new_tokens) == equal[:AUTHORS_BATCH]).all(-1).sum()),
-        "best": {name: round(weight, 4) for name, weight in bests[0].items()},
-        "same_best": dict(bests[0]) == dict(bests[1]) == best_of_authors(cached),
-        "tokens_per_text": decoder.work.tokens / len(ours) / options.prompts,
+        "texts": len(pairs) * prompts,
+        "a_same_texts": int((until_end(sample, case.end, new_tokens) == equal[:AUTHORS_BATCH]).all(-1).sum()),
+        "best": {name: round(weight, 4) for name, weight in bests[0].params.items()},
+        "same_best": dict(bests[0].params) == best_of_authors(ours),
+        "best_values": [value([best])[0] for best in bests],
+        "tokens_per_text": decoder.work.tokens / len(ours) / prompts,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], help="trained policies of these run directories instead")
     parser.add_argument("--distance", type=float, default=0.0015, help="standard deviation of the adapters' B")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=48)
@@ -267,11 +299,15 @@ def main() -> None:
     columns = "model, candidates, rows shared, (a) s, (b) s, (c) s, a / c, b / c, texts unlike (a) and (b), same best"
     print("| " + columns.replace(", ", " | ") + " |\n|" + "---|" * len(columns.split(", ")))
     rows = []
-    for kind in options.models:
-        row = run_case(kind, options)
+    random_cases = [] if options.runs else options.models
+    cases = [*((kind, lambda kind=kind: random_case(kind, options)) for kind in random_cases)]
+    cases += [(run.name, lambda run=run: trained_case(run)) for run in options.runs]
+    for label, make in cases:
+        with torch.no_grad():
+            row = run_case(label, make(), options.new_tokens)
         rows.append(row)
         print(
-            f"| {kind} | {row['candidates']} | {row['rows_shared']:.1f} | {row['seconds_a']:.0f} ({row['timed_a']} timed) | "
+            f"| {label} | {row['candidates']} | {row['rows_shared']:.1f} | {row['seconds_a']:.0f} ({row['timed_a']} timed) | "
             f"{row['seconds_b']:.1f} | {row['seconds_c']:.1f} | {row['a_to_c']:.0f} | {row['b_to_c']:.1f} | "
             f"{AUTHORS_BATCH - row['a_same_texts']} of {AUTHORS_BATCH} and {row['different_texts']} of {row['texts']} | "
             f"{row['same_best']} |",
