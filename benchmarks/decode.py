@@ -7,7 +7,8 @@ tokens (in float32). Random models: speed does not depend on the values, except 
 (`--speculative`, batch 1): there the parameter average drafts and the ensemble verifies through transformers' own
 assisted generation, and how much is accepted depends on `--distance`, the standard deviation of the adapters' B. Methods
 are interleaved within each repeat, so that a busy machine slows all of them alike; a ratio is the median over repeats of
-the ratio inside one repeat.
+the ratio inside one repeat. `--compile` adds the ensemble with a static cache and every decoder layer under
+`torch.compile`.
 
     python -m benchmarks.decode --sizes tiny 134m --batch 1 8 --repeats 7 --threads 2
     python -m benchmarks.decode --sizes 134m --batch 64 --rivals none
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import MethodType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,6 +34,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
+from emorl.aggregation.stacked_lora import SharedProjection, StackedLoraLinear
 from emorl.policies.adapters import read_adapter
 
 SIZES = {
@@ -126,8 +129,29 @@ def speculating(ensemble: HiddenStateEnsemble, drafter: ParameterAverage, new_to
     return lambda prompts: ensemble.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
 
 
+def compiling(ensemble: HiddenStateEnsemble, new_tokens: int) -> Decode:
+    """Static shapes, one compiled graph per decoder layer. A compiled graph cannot look up which policies are active, so the
+    layers here compute all of them."""
+    torch._dynamo.config.recompile_limit = 256  # each layer is a graph of its own
+
+    def project(self: SharedProjection, x: Tensor) -> Tensor:
+        return torch.bmm(x.unflatten(0, (-1, self.a.shape[0])).transpose(0, 1).flatten(1, 2), self.a)
+
+    def adapt(self: StackedLoraLinear, x: Tensor) -> Tensor:
+        delta = torch.bmm(self.projection(x)[..., self.columns], self.b)  # (K, B*T, out)
+        return self.linear(x) + delta.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)
+
+    for module in ensemble.policies.modules():
+        if isinstance(module, SharedProjection | StackedLoraLinear):
+            module.forward = MethodType(project if isinstance(module, SharedProjection) else adapt, module)
+    for layer in ensemble.policies.model.layers:
+        layer.compile()
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": "static"}
+    return lambda prompts: ensemble.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
+
+
 def make_methods(
-    base: PreTrainedModel, paths: list[Path], counts: list[int], new_tokens: int, rivals: bool, speculative: bool
+    base: PreTrainedModel, paths: list[Path], counts: list[int], new_tokens: int, wanted: set[str]
 ) -> dict[str, Decode]:
     """Every way of decoding, by a label that starts with K where there is one."""
     methods = {SINGLE: generating(load_peft(base, paths[:1]), new_tokens)}
@@ -136,9 +160,11 @@ def make_methods(
         peft_model, names = load_peft(base, paths[:count]), list(adapters)
         ensemble, average = HiddenStateEnsemble(base, adapters), ParameterAverage(base, adapters)
         methods[f"K={count} ensemble"] = generating(ensemble, new_tokens)
-        if count > 1 and speculative:
+        if "compile" in wanted:
+            methods[f"K={count} compiled"] = compiling(HiddenStateEnsemble(base, adapters), new_tokens)
+        if count > 1 and "speculative" in wanted:
             methods[f"K={count} speculative"] = speculating(ensemble, average, new_tokens)
-        if count > 1 and rivals:
+        if count > 1 and "rivals" in wanted:
             methods[f"K={count} peft switching"] = switching(peft_model, names, new_tokens)
             methods[f"K={count} peft mixed batch"] = mixed_batch(peft_model, names, new_tokens)
             methods[f"K={count} parameter average"] = generating(average, new_tokens)
@@ -195,8 +221,10 @@ def run_case(size: str, batch: int, options: argparse.Namespace, machine: tuple[
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         dtype = getattr(torch, options.dtype)
         base, paths = make_policies(size, options.rank, max(options.policies), Path(directory), options.distance, dtype)
-        speculative = options.speculative and batch == 1
-        methods = make_methods(base, paths, options.policies, options.new_tokens, options.rivals == "all", speculative)
+        wanted = {"rivals"} if options.rivals == "all" else set()
+        wanted |= {"compile"} if options.compile else set()
+        wanted |= {"speculative"} if options.speculative and batch == 1 else set()
+        methods = make_methods(base, paths, options.policies, options.new_tokens, wanted)
         prompts = torch.randint(1, base.config.vocab_size, (batch, options.prompt_tokens))
         check_same_tokens(methods, prompts, exact=dtype == torch.float32)
         seconds = measure(methods, prompts, options.repeats, CLOCKS[options.clock])
@@ -249,6 +277,7 @@ def main() -> None:
     )
     parser.add_argument("--rivals", choices=["all", "none"], default="all", help="none: only one policy and the ensemble")
     parser.add_argument("--speculative", action="store_true", help="also draft with the parameter average, at batch 1")
+    parser.add_argument("--compile", action="store_true", help="also the ensemble under torch.compile (minutes to compile)")
     parser.add_argument("--distance", type=float, default=0.05, help="standard deviation of the adapters' B")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")

@@ -99,6 +99,13 @@ class WeightEvaluator:
         except ValueError as error:
             raise UserError(f"search.memory: {error}") from None
 
+    def describe_work(self) -> str:
+        """One line on what this process saved: prefixes computed, texts scored."""
+        scores = f"{self._memo.scored} of {self._memo.scored + self._memo.known} scores computed, the others known"
+        if self._trie is None:
+            return scores
+        return f"{self._trie.work.tokens} tokens from {self._trie.work.rows} prefixes; {scores}"
+
     def remember(self, finished: Sequence[Finished]) -> None:
         """Takes the best candidate of former runs into the races."""
         for trial in finished:

@@ -80,6 +80,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
             budget=_budget(experiment.search),
             on_finished=on_finished,
         )
+    progress.say(f"search: {evaluator.describe_work()}")
     _write_results(run.path, experiment, space, finished, value(finished))
     run.add_cost(_total_cost(finished)).finish()
     return run.path

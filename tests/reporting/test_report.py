@@ -128,7 +128,7 @@ def test_cost_ends_with_the_total(page):
 
 def test_reference_point_direction_settings_and_versions_are_stated(html):
     assert "direction: maximise; reference point" in html
-    assert "proposer: hierarchical_grid" in html
+    assert "The search (hierarchical_grid, " in html
     assert re.search(r"torch \d", html)
 
 
