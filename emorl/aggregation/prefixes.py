@@ -111,9 +111,9 @@ def undominated(logits: Tensor) -> Undominated:
     """Of logits (N, K, V), the tokens not beaten under every policy by the token of the highest sum."""
     champion = highest(logits.sum(1))  # (N,)
     bar = logits.gather(2, champion[:, None, None].expand(-1, logits.shape[1], 1))  # (N, K, 1)
-    keep = logits[:, 0] > bar[:, 0]  # (N, V)
+    keep = logits[:, 0] >= bar[:, 0]  # (N, V); equal ones stay, since argmax takes the first of them
     for policy in range(1, logits.shape[1]):  # several times faster than any() over an axis in the middle
-        keep |= logits[:, policy] > bar[:, policy]
+        keep |= logits[:, policy] >= bar[:, policy]
     keep[torch.arange(len(keep), device=keep.device), champion] = True
     rows, tokens = keep.nonzero(as_tuple=True)
     count = np.bincount(rows.cpu().numpy(), minlength=len(keep))

@@ -145,7 +145,7 @@ def test_weights_it_cannot_decode_are_refused(weights, make_ensemble, inputs):
 
 
 def test_what_no_weights_can_choose_is_left_out():
-    logits = torch.tensor([[[3.0, 0, 2, 2, 1], [0, 3, 2, 1, 1]], [[9.0, 1, 1, 1, 1], [9, 1, 1, 1, 1]]])  # (N, K, V)
+    logits = torch.tensor([[[3.0, 0, 2, 1, 1], [0, 3, 2, 1, 1]], [[9.0, 1, 1, 1, 1], [9, 1, 1, 1, 1]]])  # (N, K, V)
     found = undominated(logits)
     assert found.count.tolist() == [3, 1]
     assert found.tokens.tolist() == [0, 1, 2, 0]
@@ -157,13 +157,22 @@ def test_what_no_weights_can_choose_is_left_out():
 
 
 def test_choices_are_those_of_all_tokens():
-    logits = torch.randn(20, 4, 500, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    check_choices(torch.randn(20, 4, 500, generator=generator), torch.rand(20, 4, generator=generator))
+
+
+def test_of_equal_tokens_the_first_is_chosen():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (300, 2, 8), generator=generator).float()
+    check_choices(logits, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).repeat(100, 1))
+
+
+def check_choices(logits: torch.Tensor, weights: torch.Tensor) -> None:
     choices = Choices()
-    choices.extend_to(20)
-    choices.open(np.arange(20), undominated(logits))
-    weights = torch.rand(20, 4, generator=torch.Generator().manual_seed(1))
+    choices.extend_to(len(logits))
+    choices.open(np.arange(len(logits)), undominated(logits))
     expected = torch.einsum("nkv,nk->nv", logits, weights).argmax(-1)
-    assert choices.choose(np.arange(20), weights.numpy()).tolist() == expected.tolist()
+    assert choices.choose(np.arange(len(logits)), weights.numpy()).tolist() == expected.tolist()
 
 
 def test_paths_lead_from_the_root_to_each_prefix():
