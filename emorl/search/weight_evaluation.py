@@ -149,7 +149,11 @@ class WeightEvaluator:
         return survivors(field, self._value, self._search.race, comparisons)[: len(scores)]
 
     def _challenge(self, scores: np.ndarray) -> None:
-        if self._best is None or self._value(np.nanmean(scores, 0)) > self._value(np.nanmean(self._best, 0)):
+        if self._best is None:
+            self._best = scores
+            return
+        known, new = self._value(np.stack([np.nanmean(self._best, 0), np.nanmean(scores, 0)]))  # chebyshev needs both
+        if new > known:
             self._best = scores
 
     def _scored(self, scores: np.ndarray, cost: Mapping[str, Any]) -> Scored:

@@ -12,6 +12,7 @@ from emorl.config import UserError
 from emorl.evaluation.memo import ScoreMemo
 from emorl.experiment import SearchConfig
 from emorl.objectives.loading import Objective
+from emorl.objectives.scalarize import scalarize
 from emorl.policies.adapters import read_adapter
 from emorl.policies.loading import Base
 from emorl.search.study import Finished
@@ -41,7 +42,16 @@ def parts(make_causal_model, write_adapter, tokenizer, tmp_path_factory):
     return HiddenStateEnsemble(base, adapters), Base(base, tokenizer)
 
 
-def make(parts, generation=GREEDY, memo=None, objectives=None, **search):
+def mean(scores):
+    return scores.mean(-1)
+
+
+def chebyshev(scores):
+    flat = scores.reshape(-1, scores.shape[-1])
+    return scalarize(flat, "chebyshev", np.array([0.5, 0.5]), flat).reshape(scores.shape[:-1])
+
+
+def make(parts, generation=GREEDY, memo=None, objectives=None, value=mean, **search):
     ensemble, base = parts
     objectives = objectives or [Objective("low", share_of("abcdefgh")), Objective("high", share_of("\\]^_`{|}~"))]
     return WeightEvaluator(
@@ -53,7 +63,7 @@ def make(parts, generation=GREEDY, memo=None, objectives=None, **search):
         SearchConfig(**search),
         generation=generation,
         seed=0,
-        value=lambda scores: scores.mean(-1),
+        value=value,
         memo=memo or ScoreMemo(None),
     )
 
@@ -122,10 +132,14 @@ def test_a_race_gives_up_what_is_clearly_worse_and_keeps_the_scores_of_the_rest(
             assert full.scores < best
 
 
-def test_a_race_knows_the_best_of_former_runs(parts):
-    evaluator = make(parts, race=0.9, race_prompts=4)
+@pytest.mark.parametrize("value", [mean, chebyshev])
+def test_a_race_knows_the_best_of_former_runs(value, parts):
+    evaluator = make(parts, value=value, race=0.9, race_prompts=4)
+    poor = [[index / 100, -index / 100] for index in range(len(PROMPTS))]
     excellent = [[10.0 + index, 10.0 - index] for index in range(len(PROMPTS))]
-    evaluator.remember([Finished(0, {}, (10.0, 10.0), {"by_prompt": excellent})])
+    evaluator.remember(
+        [Finished(0, {}, (0.0, 0.0), {"by_prompt": poor}), Finished(1, {}, (10.0, 10.0), {"by_prompt": excellent})]
+    )
     assert [one.notes["cost"]["prompts"] for one in evaluator(candidates(2))] == [4] * 6
 
 
