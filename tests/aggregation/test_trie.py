@@ -53,7 +53,7 @@ def alone(ensemble, inputs, weights, end=None) -> torch.Tensor:
         length = 1 if ensemble.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         new = tokens[:, length:]
         rows.append(torch.nn.functional.pad(new, (0, STEPS - new.shape[1])))
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,15 @@ def test_every_family_gives_the_tokens_of_each_candidate_alone(family, make_ense
     assert torch.equal(decoder.decode(weights), expected)
     assert len(set(map(tuple, expected.flatten(0, 1).tolist()))) > len(PROMPTS)  # the candidates do differ
     assert decoder.work.rows < expected.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "relu"])
+def test_cuda_gives_the_tokens_of_each_candidate_alone(family, make_ensemble, inputs):
+    ensemble, weights = make_ensemble(family, seed=9).to("cuda"), random_weights(8, 3, 0)
+    inputs = {name: tensor.to("cuda") for name, tensor in inputs.items()}
+    decoder = TrieDecoder(ensemble, **inputs, max_new_tokens=STEPS)
+    assert torch.equal(decoder.decode(weights), alone(ensemble, inputs, weights))
 
 
 @pytest.mark.parametrize("seed", range(6))
