@@ -214,6 +214,9 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, *args, **kwargs
         )
 
+    def _supports_logits_to_keep(self) -> bool:  # called by generate()
+        return self.policies._supports_logits_to_keep()  # pyright: ignore[reportCallIssue]
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The base family's own preparation of masks, positions and cache."""
         return self.policies.prepare_inputs_for_generation(  # pyright: ignore[reportCallIssue]

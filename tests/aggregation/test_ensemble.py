@@ -142,6 +142,14 @@ def test_policies_without_weight_are_not_computed(case, inputs):
     assert torch.equal(two, slow_decode(case, [0.5, 0.0, 0.5], inputs))
 
 
+def test_the_head_sees_only_the_last_token_of_a_prompt(case, inputs):
+    seen = []
+    head = case.ensemble.policies.get_output_embeddings().head
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])):
+        case.ensemble.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert seen == [1, 1, 1]
+
+
 def test_hidden_state_average_equals_weighted_logit_average(case, inputs):
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     call = {**inputs, "position_ids": positions, "logits_to_keep": 2}
