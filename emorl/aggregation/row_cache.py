@@ -36,13 +36,15 @@ class RowLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
-    def load(self, tokens: int, keys: Tensor, values: Tensor) -> None:
-        """Starts anew with keys and values (rows, heads, T, D) and room for `tokens`; keeps its buffers if they do."""
+    def load(self, tokens: int, keys: Tensor, values: Tensor, room: int = 0) -> None:
+        """Starts anew with keys and values (rows, heads, T, D), where there is to be place for `room` rows of `tokens`;
+        keeps its buffers if they are large enough."""
         rows, length = len(keys), keys.shape[2]
+        room = max(rows, room)
         self.lazy_initialization(keys, values)
-        if self._buffers is None or rows > self._buffers[0].shape[0] or tokens > self._buffers[0].shape[2]:
+        if self._buffers is None or room > self._buffers[0].shape[0] or tokens > self._buffers[0].shape[2]:
             self.keys, self.values, self._buffers = keys, values, None
-            self._reserve(rows, tokens)
+            self._reserve(room, tokens)
             return
         for buffer, states in zip(self._buffers, (keys, values), strict=True):
             buffer[:rows, :, :length] = states

@@ -27,7 +27,7 @@ from emorl.aggregation.row_cache import RowLayer
 from emorl.aggregation.stacked_lora import AggregatingHead
 
 _PROMPTS_AT_ONCE = 64
-_SEQUENCES_AT_ONCE = 256  # more rows are no faster on a CPU, and their keys and values need memory
+_SEQUENCES_AT_ONCE = 512  # more are hardly faster on a CPU, and their keys and values need memory
 _LOGITS_AT_ONCE = 2**22  # elements: 16 MiB in float32, which stays in a cache
 
 
@@ -272,7 +272,8 @@ class TrieDecoder:
         left = [waiting[row_of >= self._most_rows]]
         here, row_of = waiting[row_of < self._most_rows], row_of[row_of < self._most_rows]
         distinct = distinct[: self._most_rows]
-        rows = self._load_rows(distinct // self._head.out_features, distinct % self._head.out_features)
+        most = min(self._most_rows, len(here))  # each row serves some sequence
+        rows = self._load_rows(distinct // self._head.out_features, distinct % self._head.out_features, most)
         rows.row_of = row_of
         while len(here):
             hidden = self._read_tokens(rows)  # (R, K, H)
@@ -284,8 +285,8 @@ class TrieDecoder:
             left.append(surplus)
         return np.concatenate(left)
 
-    def _load_rows(self, nodes: Array, tokens: Array) -> _Rows:
-        """Rows that hold the stored prefixes `nodes` and are about to read `tokens`."""
+    def _load_rows(self, nodes: Array, tokens: Array, most: int) -> _Rows:
+        """Rows that hold the stored prefixes `nodes` and are about to read `tokens`; they may become `most`."""
         paths, roots = self._tree.paths(nodes)
         depth = self._tree.depth(nodes).astype(np.int64)
         lengths = np.array([len(self._prompt_places[root]) for root in roots]) + depth
@@ -298,7 +299,7 @@ class TrieDecoder:
         index = torch.from_numpy(places).to(self._ensemble.device)
         for layer, stores in zip(_self_attention(self._cache), self._layers, strict=True):
             keys, values = (store[index].permute(0, 2, 3, 1, 4).flatten(0, 1) for store in stores)  # (R*K, heads, L, D)
-            layer.load(longest + self._max_new_tokens, keys, values)
+            layer.load(longest + self._max_new_tokens, keys, values, most * self._policies)
         return _Rows(roots, nodes, depth, longest - lengths, tokens)
 
     def _read_tokens(self, rows: _Rows) -> Tensor:
@@ -329,7 +330,7 @@ class TrieDecoder:
             for store, states in ((keys, layer.keys), (values, layer.values)):
                 assert states is not None
                 by_row = states[:, :, -1].unflatten(0, (-1, self._policies))  # (R, K, heads, D)
-                store.write(self._next_place, by_row[index])
+                store.write(self._next_place, by_row if len(new) == len(by_row) else by_row.index_select(0, index))
         nodes = self._tree.add(rows.node[new], rows.token[new])
         self._hidden.write(int(nodes[0]), hidden[index])
         self._choices.extend_to(len(self._tree))
