@@ -132,6 +132,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         weights: Weights | None = None,
         active: tuple[int, ...] | None = None,
         **kwargs: Any,
@@ -159,6 +160,8 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
                 arguments["encoder_outputs"] = self._unpacked(encoder_outputs)
             if labels is not None:
                 arguments["labels"] = labels
+            if torch.is_tensor(logits_to_keep) or logits_to_keep != 0:  # an encoder-decoder has no such argument
+                arguments["logits_to_keep"] = logits_to_keep
             return self.policies(**arguments, past_key_values=past_key_values, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, weights: Weights | None = None, **kwargs: Any) -> Any:
@@ -215,7 +218,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         )
 
     def _supports_logits_to_keep(self) -> bool:  # called by generate()
-        return self.policies._supports_logits_to_keep()  # pyright: ignore[reportCallIssue]
+        return not self.config.is_encoder_decoder
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The base family's own preparation of masks, positions and cache."""

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TextIteratorStreamer, TextStreamer
 
-from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.stacked_lora import policy_rows
 from emorl.policies.adapters import read_adapter
 
@@ -206,6 +206,15 @@ def test_equal_policies_reproduce_either(llama, inputs):
     expected = llama.peft[1].generate(**inputs, **options)
     for weights in ([0.5, 0.5], [0.25, 0.75]):
         assert torch.equal(twins.generate(**inputs, **options, weights=weights), expected)
+
+
+def test_drafts_of_the_parameter_average_change_no_token(llama, tokenizer):
+    prompt = tokenizer("hello", return_tensors="pt")
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "weights": WEIGHTS}
+    adapters = {name: read_adapter(path) for name, path in llama.ensemble.adapter_paths.items()}
+    average = ParameterAverage(llama.base, adapters)
+    expected = llama.ensemble.generate(**prompt, **options)
+    assert torch.equal(llama.ensemble.generate(**prompt, **options, assistant_model=average), expected)
 
 
 def test_streaming_yields_the_same_text(llama, tokenizer, capsys):
