@@ -13,10 +13,10 @@ within rounding, and may then send a search into another box. "same best" says w
 at (c)'s best point when it is given (c)'s scores.
 
 Random models. How much there is to share depends on how far apart the policies are: `--distance` is the standard deviation
-of the adapters' B. "rows shared" says what came of it: tokens asked for / prefixes computed. Trained policies are closer
-than any of these random ones: `benchmarks/README.md` gives them beside it.
+of the adapters' B. "rows shared" says what came of it: tokens asked for / prefixes computed. The default is where the causal
+model shares about as much as the trained policies of `recipes/counselling`; `benchmarks/README.md` gives others beside it.
 
-    python -m benchmarks.search --models causal t5 --distance 0.001 --threads 2
+    python -m benchmarks.search --models causal t5 --distance 0.0005 --threads 2
     python -m benchmarks.search --runs runs/counselling --new-tokens 40
 """
 
@@ -287,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--runs", nargs="+", type=Path, default=[], help="trained policies of these run directories instead")
-    parser.add_argument("--distance", type=float, default=0.001, help="standard deviation of the adapters' B")
+    parser.add_argument("--distance", type=float, default=0.0005, help="standard deviation of the adapters' B")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=64)
