@@ -68,7 +68,9 @@ def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
     from emorl.experiment import Experiment
 
     command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="experiment.yaml")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace those of the file"
+    )
     command.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     if name == "search":
         command.add_argument("--storage", metavar="URL", help="an Optuna storage, the same as search.storage=URL")
@@ -120,7 +122,7 @@ def _train(options: argparse.Namespace) -> None:
         from emorl.runs import read_json
 
         names = options.objective or list(experiment.objectives)
-        results = {name: read_json(experiment.output / "train" / name / "result.json") for name in names}
+        results = {name: read_json(experiment.training_of(name) / "result.json") for name in names}
         print(json.dumps({name: {k: v for k, v in r.items() if k != "log"} for name, r in results.items()}, indent=2))
 
 

@@ -5,6 +5,7 @@ Blocks named after another library (`lora`, `grpo`, `generation`) go straight to
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,9 +98,10 @@ class SearchConfig:
     """simplex_refinement (what auto stands for), hierarchical_grid (paper), or an Optuna sampler: tpe, gp, nsga2, cma_es,
     qmc, random"""
     levels: int = Field(default=5, ge=1, le=12)
-    """of a grid: halvings of its step (paper: 5, a precision of 1/32)"""
+    """how fine simplex_refinement and hierarchical_grid become: halvings of their step (paper: 5, a precision of 1/32)"""
     trials: int | None = Field(default=None, ge=1)
-    """budget: most candidates evaluated; an Optuna sampler without any budget gets 100"""
+    """budget: most candidates evaluated; an Optuna sampler without any budget gets 100. A search that a budget ended goes
+    on when it is run again with a larger one"""
     seconds: float | None = Field(default=None, gt=0)
     """budget: seconds of decoding and scoring, over all workers and restarts; ends the search before a candidate that would
     probably exceed it"""
@@ -112,7 +114,8 @@ class SearchConfig:
     race_prompts: int = Field(default=8, ge=2)
     """prompts of a race's first round; each further round doubles them"""
     scalarize: Literal["mean", "weighted", "minimum", "chebyshev"] = "mean"
-    """how a vector of scores becomes one value: mean (paper), preference-weighted mean, worst, or Chebyshev distance"""
+    """how a vector of scores becomes one value: mean (paper), weighted (mean weighted by the preferences), minimum, or
+    chebyshev (distance to the best of every objective)"""
     preferences: dict[str, float] = Field(default_factory=dict)
     """objective -> importance, for weighted and chebyshev; all equal by default"""
     samples: int = Field(default=1, ge=1)
@@ -160,6 +163,8 @@ class Experiment:
     """search for the weights"""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """comparison on the test prompts"""
+    policies: Path | None = None
+    """another experiment's output, whose trained policies are used: nothing is trained here"""
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -172,6 +177,10 @@ class Experiment:
             raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
         if self.search.race is not None and self.search.scalarize == "chebyshev":
             raise ValueError("search.race: chebyshev has no value before all policies are evaluated; use another scalarize")
+
+    def training_of(self, name: str) -> Path:
+        """Directory of the training run of an objective's policy."""
+        return (self.policies or self.output) / "train" / name
 
 
 RESERVED_NAMES = frozenset({"base", "system", "kind", "prompt", "prompt_index", "sample", "completion", "tokens"})
@@ -188,4 +197,4 @@ def load_run(directory: Path) -> Experiment:
     resolved = directory / "experiment.yaml"
     if not resolved.is_file():
         raise UserError(f"{directory} is not a run directory (no experiment.yaml in it); run `emorl run` first")
-    return load_experiment(resolved)
+    return replace(load_experiment(resolved), output=directory)  # it may have been moved

@@ -52,9 +52,12 @@ class Run:
 
     def add_cost(self, cost: Cost) -> "Run":
         """The run with `cost` added, on disk too: what was spent before a kill stays counted."""
-        grown = replace(self, cost=self.cost + cost)
-        write_json(self.cost_path, asdict(grown.cost))
-        return grown
+        return self.with_cost(self.cost + cost)
+
+    def with_cost(self, cost: Cost) -> "Run":
+        """The run with `cost` as all it has cost, on disk too."""
+        write_json(self.cost_path, asdict(cost))
+        return replace(self, cost=cost)
 
     def finish(self) -> "Run":
         """Marks the run as finished; the last thing a stage does."""

@@ -132,6 +132,8 @@ def test_generate_answers_by_preference_without_search_or_training(finished, cap
         (["objectives.vowels=lenght"], "no objective function is called 'lenght'; did you mean 'length'"),
         (["train.grpo.learning_rat=1"], "did you mean 'learning_rate'"),
         (["train.lora.rank=1"], "unknown key 'train.lora.rank'"),
+        (["generation.max_new_token=3"], "generation: unknown setting 'max_new_token'; did you mean 'max_new_tokens'"),
+        (["generation.max_new_tokens=-3"], "generation: "),
         (["seed=1"], "holds a run with other settings (seed: 0 -> 1)"),
     ],
 )
@@ -155,6 +157,32 @@ def test_stages_out_of_order_say_what_to_run_first(experiment, capsys):
     assert "run the stage that writes it first" in mistake(capsys, "evaluate", experiment, fresh)
     assert "is not a run directory" in mistake(capsys, "generate", experiment.parent / "nowhere", "--prompt", "x")
     assert "is not a run directory" in mistake(capsys, "report", experiment.parent / "nowhere")
+
+
+def test_policies_of_another_output_are_searched_and_compared_without_training(experiment, finished, capsys, tmp_path):
+    settings = [f"policies={finished}", f"output={tmp_path / 'other'}", "search.scalarize=minimum"]
+    output_of(capsys, "run", experiment, *settings)
+    assert not (tmp_path / "other" / "train").exists()
+    assert (tmp_path / "other" / "report" / "report.html").exists()
+    shutil.move(tmp_path / "other", tmp_path / "moved")
+    assert output_of(capsys, "generate", tmp_path / "moved", "--prefer", "vowels=1", "--prompt", "say 1")
+    nowhere = [f"policies={tmp_path / 'nowhere'}", f"output={tmp_path / 'x'}"]
+    assert "or give `policies`" in mistake(capsys, "train", experiment, *nowhere)
+
+
+def test_a_search_that_its_budget_ended_goes_on_with_a_larger_one(experiment, finished, capsys, tmp_path):
+    settings = [f"policies={finished}", f"output={tmp_path / 'budget'}", "search.scalarize=minimum"]
+    first = json.loads(output_of(capsys, "search", experiment, *settings, "search.trials=1", "--json"))
+    assert first["trials"] == 1
+    assert first["best"]["value"] == pytest.approx(min(first["best"]["scores"].values()))
+    journal = (tmp_path / "budget" / "search" / "journal.log").read_bytes()
+    assert json.loads(output_of(capsys, "search", experiment, *settings, "search.trials=1", "--json")) == first
+    assert (tmp_path / "budget" / "search" / "journal.log").read_bytes() == journal
+    whole = json.loads(output_of(capsys, "search", experiment, *settings, "--json"))
+    assert whole["ended_by_budget"] is None
+    assert whole["trials"] >= 5
+    cost = json.loads((tmp_path / "budget" / "search" / "cost.json").read_text())
+    assert cost["completions"] == 4 * whole["trials"]  # counted once
 
 
 def test_wrong_preferences_are_one_line(finished, capsys):

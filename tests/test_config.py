@@ -27,7 +27,7 @@ def test_options_beside_function_are_its_options():
 def test_a_written_experiment_is_read_back_equal(tmp_path):
     (tmp_path / "experiment.yaml").write_text(to_yaml(experiment("train.grpo.learning_rate=1e-3")))
     again = load_run(tmp_path)
-    assert again == experiment("train.grpo.learning_rate=1e-3")
+    assert again == experiment("train.grpo.learning_rate=1e-3", f"output={tmp_path}")  # where it is found
     assert again.train.grpo["learning_rate"] == 0.001
 
 

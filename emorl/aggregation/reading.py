@@ -22,6 +22,8 @@ class CausalReader:
     def __init__(self, ensemble: HiddenStateEnsemble, input_ids: Tensor, attention_mask: Tensor) -> None:
         self._ensemble, self._policies = ensemble, len(ensemble.policy_names)
         self._ids, self.mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
+        if not bool(self.mask[:, -1].all()):
+            raise ValueError("Got prompts padded on the right; expected the left (padding_side='left').")
 
     def read_prompts(self, which: slice) -> tuple[list[RowLayer], Tensor, Tensor]:
         """Layers with keys of (P*K, heads, S, D), the mask (P, S) of their tokens, last hidden states (P, K, H)."""

@@ -86,7 +86,7 @@ class _Rows:
 class TrieDecoder:
     """Decodes any number of weight vectors greedily over fixed prompts.
 
-    decoder = TrieDecoder(ensemble, **tokenizer(prompts, padding=True, return_tensors="pt"), max_new_tokens=64)
+    decoder = TrieDecoder(ensemble, **inputs, max_new_tokens=64)  # inputs of a tokenizer that pads on the left
     decoder.decode(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))  # (2, prompts, 64) tokens
 
     """
@@ -112,7 +112,8 @@ class TrieDecoder:
                 tokens are found, in more rounds and with less remembered.
 
         Raises:
-            ValueError: the memory does not even hold the prompts and one row; a head that is no plain linear layer.
+            ValueError: prompts padded on the right; memory that does not even hold the prompts and one row; a head that is
+                no plain linear layer.
         """
         head = ensemble.policies.get_output_embeddings()
         assert isinstance(head, AggregatingHead)
@@ -138,15 +139,19 @@ class TrieDecoder:
         self._read_prompts(memory)
 
     @torch.no_grad()
-    def decode(self, weights: Tensor, prompts: Sequence[int] | None = None) -> Tensor:
-        """Tokens (C, P, T) for weights (C, K), none negative; P counts `prompts` (all by default), T is max_new_tokens.
+    def decode(self, weights: Tensor | Sequence[Sequence[float]], prompts: Sequence[int] | None = None) -> Tensor:
+        """New tokens (C, P, T) for weights (C, K), none negative; P counts `prompts` (all by default), T is max_new_tokens.
 
         Raises:
-            ValueError: weights of another shape, negative, not finite, or all zero.
+            ValueError: weights of another shape, negative, not finite, or all zero; prompts that are not there.
         """
+        weights = torch.as_tensor(weights, dtype=torch.float32)
         self._check(weights)
-        chosen = np.arange(len(self._prompt_places)) if prompts is None else np.array(prompts, np.int64)
-        candidates = weights.detach().cpu().float().numpy()
+        known = len(self._prompt_places)
+        chosen = np.arange(known) if prompts is None else np.array(prompts, np.int64)
+        if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= known:
+            raise ValueError(f"Got prompts {chosen.tolist()}; expected at least one of 0 to {known - 1}.")
+        candidates = weights.detach().cpu().numpy()
         size = max(1, _SEQUENCES_AT_ONCE // len(candidates))
         parts = [self._decode(candidates, chosen[start : start + size]) for start in range(0, len(chosen), size)]
         return torch.from_numpy(np.concatenate(parts, 1))
@@ -168,10 +173,13 @@ class TrieDecoder:
         return sequences.tokens.reshape(len(candidates), len(prompts), -1)
 
     def _check(self, weights: Tensor) -> None:
-        if weights.ndim != 2 or weights.shape[1] != self._policies:
+        if weights.ndim != 2 or weights.shape[1] != self._policies or len(weights) == 0:
             raise ValueError(f"Got weights of shape {tuple(weights.shape)}; expected (candidates, {self._policies}).")
         if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or bool((weights == 0).all(1).any()):
-            raise ValueError("Got weights that are negative, not finite or all zero; decode those with generate().")
+            raise ValueError(
+                "Got weights that are negative, not finite or all zero; generate() decodes negative ones of an ensemble made "
+                "with include_base=True."
+            )
 
     @torch.no_grad()
     def _read_prompts(self, memory: int | None) -> None:

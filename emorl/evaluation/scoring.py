@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from emorl.config import UserError, nearest
 from emorl.data import prompt_text
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.text_metrics import distinct_2, distinct_share, mean_words
@@ -32,6 +33,21 @@ class Evaluation:
 
     table: pd.DataFrame
     cost: Cost
+
+
+def check_generation(generation: Mapping[str, Any]) -> None:
+    """Refuses settings that transformers' `generate()` would refuse after the models are loaded.
+
+    Raises:
+        UserError: an unknown setting, or an impossible value.
+    """
+    config = GenerationConfig()
+    try:
+        unknown = config.update(**generation)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"generation: {str(error).splitlines()[0]:.300}") from None
+    for name in unknown:
+        raise UserError(f"generation: unknown setting {name!r}; {nearest(name, config.to_dict())}")
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Read a plain LoRA adapter that PEFT saved, e.g. `read_adapter("runs/train-empathy/adapter")`.
+    """Read a plain LoRA adapter that PEFT saved, e.g. `read_adapter("runs/mine/train/empathy/policy")`.
 
     rsLoRA, rank_pattern and alpha_pattern are honoured. Raises ValueError for anything that is not plain LoRA.
     """

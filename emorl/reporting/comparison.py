@@ -20,7 +20,7 @@ from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, Paramet
 from emorl.config import UserError, as_mapping
 from emorl.data import load_prompts
 from emorl.evaluation.pareto import front, hypervolume
-from emorl.evaluation.scoring import cost_of, evaluate, summarize
+from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import load_objective
 from emorl.policies.loading import load_base, load_tokenizer, read_policies
@@ -47,6 +47,7 @@ def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     `result.json` (systems, hypervolumes with their reference point). Systems scored before an interruption are kept.
     """
     progress = progress or Silent()
+    check_generation(experiment.generation)
     path = experiment.output / "evaluate"
     found = read_result(experiment)
     systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)

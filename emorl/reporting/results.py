@@ -78,7 +78,7 @@ def read_results(output: Path) -> Results:
         summary=pd.read_csv(output / "evaluate" / "summary.csv"),
         completions=pd.read_parquet(output / "evaluate" / "completions.parquet"),
         indicators=read_json(output / "evaluate" / "result.json"),
-        training={name: read_json(output / "train" / name / "result.json") for name in experiment.objectives},
+        training={name: read_json(experiment.training_of(name) / "result.json") for name in experiment.objectives},
         costs=cost_table(output),
         versions=manifest["versions"],
     )
@@ -86,9 +86,10 @@ def read_results(output: Path) -> Results:
 
 def cost_table(output: Path) -> pd.DataFrame:
     """One row per stage that has run, indexed by its name, and their `total`; columns as in `Cost`."""
+    experiment = load_run(output)
     stages = {
         "quickstart": output / "quickstart",
-        **{f"train {name}": output / "train" / name for name in load_run(output).objectives},
+        **{f"train {name}": experiment.training_of(name) for name in experiment.objectives},
         "search": output / "search",
         "evaluate": output / "evaluate",
     }

@@ -100,8 +100,8 @@ class WeightEvaluator:
             raise UserError(f"search.memory: {error}") from None
 
     def describe_work(self) -> str:
-        """One line on what this process saved: prefixes computed, texts scored."""
-        scores = f"{self._memo.scored} of {self._memo.scored + self._memo.known} scores computed, the others known"
+        """One line on what this process computed: prefixes, scores of texts."""
+        scores = f"{self._memo.scored} of {self._memo.scored + self._memo.known} scores computed here, the others known"
         if self._trie is None:
             return scores
         return f"{self._trie.work.tokens} tokens from {self._trie.work.rows} prefixes; {scores}"

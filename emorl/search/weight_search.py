@@ -6,6 +6,7 @@ comparison stage.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from emorl.aggregation.ensemble import BASE_POLICY
 from emorl.config import UserError, as_mapping, nearest
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.pareto import front
+from emorl.evaluation.scoring import check_generation
 from emorl.experiment import Experiment, SearchConfig
 from emorl.objectives.loading import check_objectives
 from emorl.objectives.scalarize import importance_of, scalarize
@@ -35,23 +37,28 @@ STUDY_NAME = "weights"
 GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}
 AUTO = "auto"
 _DEFAULT_TRIALS = 100
+_NOT_OF_THE_RESULT = ("batch", "memory", *(field.name for field in fields(Budget)))  # a budget may be raised
 
 
 def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     """Searches the weights of the trained policies; returns the run directory.
 
     It holds `trials.csv` (every candidate with its scores and standard errors) and `result.json` (the best candidate, and
-    the front over all objectives). A finished search is skipped, an interrupted one continued.
+    the front over all objectives). A finished search is skipped; one that was interrupted, or ended by a budget that is
+    larger now, continues.
 
     Raises:
-        UserError: policies missing, an unknown proposer, a damaged journal, a run directory of another search.
+        UserError: policies missing, an unknown proposer or generation setting, a damaged journal, a run directory of
+            another search.
     """
     progress = progress or Silent()
     check_proposer(experiment.search)
+    check_generation({**experiment.generation, **experiment.search.generation})
     check_objectives(experiment.objectives)
     adapters = policy_directories(experiment)
     run = open_run(experiment.output / "search", "search", _identity(experiment))
-    if run.finished:
+    budget = _budget(experiment.search)
+    if run.finished and read_result(experiment).get("ended_by_budget") in (None, asdict(budget)):
         progress.say(f"search: finished before, in {run.path}")
         return run.path
     objectives = list(experiment.objectives)
@@ -62,9 +69,12 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     memo = ScoreMemo(run.path / "scores.sqlite")
     evaluator = WeightEvaluator.load(experiment, adapters, space, _score_value(experiment), memo)
     study = open_study(experiment.search.storage or run.path / "journal.log", objectives, _study_name(experiment))
-    evaluator.remember(finished_trials(study))
-    with memo, progress.bar("search weights", expected, done=len(finished_trials(study))) as bar:
-        seen = len(finished_trials(study))
+    known = finished_trials(study)
+    if known:
+        progress.say(f"search: continues behind {len(known)} candidates in {run.path}")
+    evaluator.remember(known)
+    with memo, progress.bar("search weights", expected, done=len(known)) as bar:
+        seen = len(known)
 
         def on_finished(finished: Sequence[Finished]) -> None:
             nonlocal seen
@@ -77,12 +87,16 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
             evaluator,
             space.distributions,
             batch=experiment.search.batch,
-            budget=_budget(experiment.search),
+            budget=budget,
             on_finished=on_finished,
         )
     progress.say(f"search: {evaluator.describe_work()}")
-    _write_results(run.path, experiment, space, finished, value(finished))
-    run.add_cost(_total_cost(finished)).finish()
+    room = budget.room(finished)
+    spent = room is not None and room < 1
+    if spent:
+        progress.say(f"search: ended by its budget after {len(finished)} candidates; a larger one continues it")
+    _write_results(run.path, experiment, space, finished, value(finished), budget if spent else None)
+    run.with_cost(_total_cost(finished)).finish()
     return run.path
 
 
@@ -99,8 +113,9 @@ def chosen_proposer(config: SearchConfig) -> str:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     whole = as_mapping(experiment)
-    how = {key: value for key, value in whole["search"].items() if key not in ("batch", "memory")}
-    return {**{key: whole[key] for key in ("base", "data", "objectives", "train", "generation", "seed")}, "search": how}
+    what = {key: whole[key] for key in ("base", "data", "objectives", "train", "generation", "seed")}
+    how = {key: value for key, value in whole["search"].items() if key not in _NOT_OF_THE_RESULT}
+    return {**what, "search": how, **({} if experiment.policies is None else {"policies": whole["policies"]})}
 
 
 def _budget(config: SearchConfig) -> Budget:
@@ -125,8 +140,8 @@ def _valuation(experiment: Experiment, space: WeightSpace) -> Valuation:
             return []
         scores = np.array([trial.scores for trial in finished])
         references = np.array([trial.scores for trial in finished if trial.params in alone])
-        method = experiment.search.scalarize if len(references) == len(alone) else "mean"
-        return scalarize(scores, method, importance, references).tolist()
+        known = experiment.search.scalarize != "chebyshev" or len(references) == len(alone)
+        return scalarize(scores, experiment.search.scalarize if known else "mean", importance, references).tolist()
 
     return value
 
@@ -185,7 +200,12 @@ def trials_table(finished: Sequence[Finished], objectives: Sequence[str], values
 
 
 def _write_results(
-    path: Path, experiment: Experiment, space: WeightSpace, finished: Sequence[Finished], values: Sequence[float]
+    path: Path,
+    experiment: Experiment,
+    space: WeightSpace,
+    finished: Sequence[Finished],
+    values: Sequence[float],
+    ended_by: Budget | None,
 ) -> None:
     table = trials_table(finished, list(experiment.objectives), values)
     with written_whole(path / "trials.csv") as temporary:
@@ -205,6 +225,7 @@ def _write_results(
         "preferences": dict(experiment.search.preferences),
         "prompts": "validation",
         "trials": len(table),
+        "ended_by_budget": None if ended_by is None else asdict(ended_by),
         "best": point(max(rows, key=lambda row: row["value"])),
         "front": [point(row) for row in rows if row["front"]],
     }

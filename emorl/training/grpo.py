@@ -24,7 +24,7 @@ from trl.models import unwrap_model_for_generation
 
 from emorl.config import UserError, as_mapping, nearest
 from emorl.data import load_prompts
-from emorl.evaluation.scoring import evaluate, summarize
+from emorl.evaluation.scoring import check_generation, evaluate, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import Objective, check_objectives, load_objective
 from emorl.policies.adapters import base_fingerprint
@@ -67,16 +67,17 @@ def train(experiment: Experiment, name: str, progress: Progress | None = None) -
     if name not in experiment.objectives:
         raise UserError(f"no objective {name!r} in this experiment; {nearest(name, experiment.objectives)}")
     check_objectives({name: experiment.objectives[name]})
+    check_generation(experiment.generation)
+    path = experiment.training_of(name)
+    if experiment.policies is not None:
+        policy_directories(experiment)
+        progress.say(f"policy {name}: of {path}")
+        return path
     grpo, lora = _grpo_config(experiment, name), _lora_config(experiment)
-    path = run_directory(experiment, name)
     if not PartialState().is_main_process:
         return _train_as(experiment, name, grpo, lora, None, progress)
     with only_process(path):
         return _train_as(experiment, name, grpo, lora, open_run(path, "train", _identity(experiment, name)), progress)
-
-
-def run_directory(experiment: Experiment, name: str) -> Path:
-    return experiment.output / "train" / name
 
 
 def policy_directories(experiment: Experiment) -> dict[str, Path]:
@@ -85,10 +86,14 @@ def policy_directories(experiment: Experiment) -> dict[str, Path]:
     Raises:
         UserError: a policy has not been trained yet.
     """
-    directories = {name: run_directory(experiment, name) / POLICY_DIRECTORY for name in experiment.objectives}
+    directories = {name: experiment.training_of(name) / POLICY_DIRECTORY for name in experiment.objectives}
     missing = [name for name, directory in directories.items() if not (directory / "policy.json").is_file()]
     if missing:
-        raise UserError(f"no trained policy for {', '.join(missing)} in {experiment.output}; run `emorl train` first")
+        where = experiment.policies or experiment.output
+        raise UserError(
+            f"no trained policy for {', '.join(missing)} in {where}; run `emorl train` first, or give `policies`, the output "
+            "of the experiment that trained them"
+        )
     return directories
 
 
@@ -103,7 +108,7 @@ def _train_as(
     experiment: Experiment, name: str, grpo: GRPOConfig, lora: LoraConfig, run: Run | None, progress: Progress
 ) -> Path:
     """Trains in this process; `run` is None in all processes but the main one."""
-    path = run_directory(experiment, name)
+    path = experiment.training_of(name)
     finished = [run.finished if run else False]
     broadcast_object_list(finished)
     if finished[0]:
@@ -166,7 +171,7 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
         "save_only_model": False,
     }
     fixed = {
-        "output_dir": str(run_directory(experiment, name) / CHECKPOINTS),
+        "output_dir": str(experiment.training_of(name) / CHECKPOINTS),
         "seed": experiment.seed,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_selection",

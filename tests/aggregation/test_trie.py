@@ -153,6 +153,21 @@ def test_weights_it_cannot_decode_are_refused(weights, make_ensemble, inputs):
         decoder.decode(torch.tensor(weights))
 
 
+def test_weights_may_be_lists_and_prompts_must_be_there(make_ensemble, inputs):
+    decoder = TrieDecoder(make_ensemble("llama"), **inputs, max_new_tokens=3)
+    weights = [[0.5, 0.3, 0.2]]
+    assert torch.equal(decoder.decode(weights), decoder.decode(torch.tensor(weights)))
+    for prompts in ([], [len(PROMPTS)], [-1]):
+        with pytest.raises(ValueError, match="expected at least one of 0 to"):
+            decoder.decode(weights, prompts)
+
+
+def test_prompts_padded_on_the_right_are_refused(make_ensemble, inputs):
+    turned = {name: tensor.flip(1) for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match="padded on the right"):
+        TrieDecoder(make_ensemble("llama"), **turned, max_new_tokens=3)
+
+
 def test_what_no_weights_can_choose_is_left_out():
     logits = torch.tensor([[[3.0, 0, 2, 1, 1], [0, 3, 2, 1, 1]], [[9.0, 1, 1, 1, 1], [9, 1, 1, 1, 1]]])  # (N, K, V)
     found = undominated(logits)
