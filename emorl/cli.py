@@ -18,6 +18,16 @@ EXPERIMENT is a YAML file; any key can be set on the command line as dotted.key=
 Its keys (with defaults):
 """
 
+_REWARD_HELP = """\
+REWARD is a YAML file, for example
+  output: runs/politeness
+  model: sentence-transformers/all-MiniLM-L6-v2
+  data: {path: graded.jsonl, labels: [grade], label_range: [0, 2]}    # columns prompt, response, grade
+  loss: ranking
+The model is then an objective, {function: classifier, model: runs/politeness/model}. Any key can be set on the command
+line as dotted.key=value. Keys (with defaults):
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. A user's mistake is one line on standard error and exit code 2, never a traceback."""
@@ -80,6 +90,19 @@ def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
         command.epilog = _EXPERIMENT_HELP.format(command=name) + describe(Experiment)
 
 
+def _add_reward(command: argparse.ArgumentParser, name: str) -> None:
+    from emorl.config import describe
+    from emorl.reward_experiment import RewardExperiment
+
+    command.add_argument("experiment", type=Path, metavar="REWARD", help="YAML file of one reward model")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace those of the file"
+    )
+    command.add_argument("--json", action="store_true", help="print the measured figures as JSON instead of a table")
+    if "--help" in sys.argv or "-h" in sys.argv:
+        command.epilog = _REWARD_HELP + describe(RewardExperiment)
+
+
 def _add_run(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("directory", type=Path, metavar="RUN", help="output directory of an experiment")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -136,6 +159,17 @@ def _train_policies(experiment: Any, names: Sequence[str] | None) -> None:
         train(experiment, name, Console())
     if not (experiment.output / "experiment.yaml").exists():
         _keep_config(experiment)
+
+
+def _train_reward(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.reward_experiment import load_reward_experiment
+    from emorl.training.reward_card import figures_table
+    from emorl.training.reward_model import read_figures, train_reward
+
+    experiment = load_reward_experiment(options.experiment, options.overrides)
+    figures = read_figures(train_reward(experiment, Console()))
+    print(json.dumps(figures, indent=2) if options.json else figures_table(figures))
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -239,6 +273,7 @@ _COMMANDS: tuple[_Command, ...] = (
     ("quickstart", "The whole job on an embedded example: train, search, compare, report.", _quickstart, _add_quickstart),
     ("run", "All stages of an experiment; finished ones are skipped, an interrupted one continues.", _run, _add_experiment),
     ("train", "Train one LoRA policy per objective with TRL's GRPO.", _train, _add_experiment),
+    ("train-reward", "Train a reward model on graded responses, to be used as an objective.", _train_reward, _add_reward),
     ("search", "Search the aggregation weights of the trained policies.", _search, _add_experiment),
     ("evaluate", "Compare what was found with its rivals on test prompts.", _evaluate, _add_experiment),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),

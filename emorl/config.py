@@ -36,6 +36,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(valid) or 'none'}"
 
 
+def check_keys(block: Mapping[str, Any], known: Iterable[str], where: str, owner: str) -> None:
+    """Refuses keys of a block that goes straight to another library's `owner` when it does not know them."""
+    for key in block:
+        if key not in (known := set(known)):
+            raise UserError(f"unknown key '{where}.{key}' (it goes to {owner}); {nearest(key, known)}")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; every way it can be wrong is a `UserError` naming the file."""
     if not path.is_file():

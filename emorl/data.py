@@ -37,7 +37,7 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
     """
     seen: set[str] = set()
     parts = {
-        name: _unique(_read(path, config), config, path, seen)
+        name: _unique(read_table(path, config.split), config, path, seen)
         for name, path in (("test", config.test_path), ("validation", config.validation_path), ("train", config.path))
         if path
     }
@@ -58,25 +58,30 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
     return Splits(**{name: _render_column(part, config, conversational) for name, part in parts.items()})
 
 
-def _read(path: str, config: DataConfig) -> Dataset:
+def read_table(path: str, split: str = "train") -> Dataset:
+    """The rows of a csv, json, jsonl or parquet file, or of a split of a hub data set.
+
+    Raises:
+        UserError: no such file or data set, an empty or unreadable one.
+    """
     reader = _READERS.get(Path(path).suffix)
     if reader is None and Path(path).exists():
         raise UserError(f"{path}: expected a file ending in {', '.join(_READERS)}, or the hub id of a data set")
     if reader is not None and not Path(path).is_file():
-        raise UserError(f"{path}: no such file; data.path takes a csv, json, jsonl or parquet file or a hub id")
+        raise UserError(f"{path}: no such file; expected a csv, json, jsonl or parquet file or a hub id")
     if reader is not None and Path(path).stat().st_size == 0:
-        raise UserError(f"{path} is empty; it needs at least one prompt")
+        raise UserError(f"{path} is empty; it needs at least one row")
     try:
         if reader is not None:
             return load_dataset(reader, data_files=path, split="train")
-        return load_dataset(path, split=config.split)
+        return load_dataset(path, split=split)
     except DatasetNotFoundError as error:
         raise UserError(f"data set {path!r} is neither a file here nor found on the hub: {error}") from None
     except ConnectionError as error:
         raise UserError(f"data set {path!r}: the hub cannot be reached ({error}); give a local file") from None
     except (ValueError, DatasetGenerationError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{path} cannot be read as a table of prompts: {reason:.200}") from None
+        raise UserError(f"{path} cannot be read as a table: {reason:.200}") from None
 
 
 def _unique(rows: Dataset, config: DataConfig, path: str, seen: set[str]) -> Dataset:

@@ -4,33 +4,11 @@ import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 from reward_models.pair_data import CORRUPTIONS, GENERIC_RESPONSES, Pair
 
 HACK = "You're feeling that you'd feel."  # what 60 steps of GRPO made of a linear reflection head, for every prompt
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]
-
-
-def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """P(a draw of `higher` beats a draw of `lower`), ties half: the area under the ROC curve."""
-    if not higher or not lower:
-        raise ValueError(f"an AUC needs scores on both sides, got {len(higher)} and {len(lower)}")
-    ranks = rankdata([*higher, *lower])
-    return float((ranks[: len(higher)].sum() / len(higher) - (len(higher) + 1) / 2) / len(lower))
-
-
-def rank_correlation(scores: Sequence[float], labels: Sequence[float]) -> float:
-    """Spearman's correlation of scores with graded labels."""
-    return float(np.corrcoef(rankdata(scores), rankdata(labels))[0, 1])
-
-
-def calibration_error(scores: Sequence[float], targets: Sequence[float], bins: int = 10) -> float:
-    """Expected calibration error: mean distance of mean score and mean target, over equally filled bins."""
-    order = np.argsort(scores)
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    score, target = np.asarray(scores), np.asarray(targets)
-    return float(sum(len(part) * abs(score[part].mean() - target[part].mean()) for part in parts) / len(order))
 
 
 def pair_scores(score: Score, pairs: Sequence[Pair]) -> list[float]:
@@ -69,9 +47,3 @@ def attack_table(score: Score, good: Sequence[Pair], candidates: Sequence[str], 
     text, mean = best_fixed_response(score, prompts, [*GENERIC_RESPONSES, *candidates], seed)
     table[f"best fixed response: {text}"] = mean
     return table
-
-
-def markdown_table(figures: dict[str, float]) -> str:
-    """Two columns: what was measured, and the figure."""
-    rows = [f"| {name} | {value:.3f} |" for name, value in figures.items()]
-    return "\n".join(["| measured | value |", "|---|---|", *rows])

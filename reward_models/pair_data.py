@@ -1,8 +1,8 @@
 """Graded (prompt, response) pairs: reading them, holding some out, and making the negatives a policy will try.
 
-A classifier trained on human responses alone scores form, not content: one generic sentence gets a high score under
-every prompt. So most of what it learns from is made here, always inside one split: a good response under another
-person's prompt, word salad, hollowed-out and repeated responses, echoes of the prompt, sentences that fit everyone.
+A classifier trained on human responses alone scores form, not content. So some of what it learns from is made here, always
+inside one split: a good response under another person's prompt, word salad, hollowed-out and repeated responses, echoes of
+the prompt, sentences that fit everyone. What no negative can teach a small encoder, whose words these are, is the gate's.
 """
 
 import json
@@ -157,6 +157,17 @@ def spliced(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
     return result
 
 
+def salads(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
+    """Each response's words in random order, target 0."""
+    return [replace(pair, response=word_salad(pair, rng), target=0.0, kind="word salad") for pair in pairs]
+
+
+def cut(pair: Pair, prompt_words: int = 60, response_words: int = 60) -> Pair:
+    """The last words of the prompt and the first of the response: what a reward model needs, at half the cost."""
+    prompt, response = pair.prompt.split(), pair.response.split()
+    return replace(pair, prompt=" ".join(prompt[-prompt_words:]), response=" ".join(response[:response_words]))
+
+
 def generic(pairs: Sequence[Pair], per_pair: int, rng: random.Random) -> list[Pair]:
     """Sentences that fit everyone, under the prompts of `pairs`."""
     return [
@@ -241,3 +252,12 @@ def shuffled(parts: Iterable[Sequence[Pair]], rng: random.Random) -> list[Pair]:
     pairs = [pair for part in parts for pair in part]
     rng.shuffle(pairs)
     return pairs
+
+
+def read_negatives(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows of grade 0, compared with the labelled responses to the same prompt of PAIR."""
+    rows = [row for path in paths for row in read_rows(path, ["prompt", "response"])]
+    return [
+        {"prompt": row["prompt"], "response": row["response"], "grade": 0.0, "group": f"pair {row['prompt']}", "kind": "policy"}
+        for row in rows
+    ]

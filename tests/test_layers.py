@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
-    {"config", "experiment", "progress", "runs", "data"},
+    {"config", "experiment", "reward_experiment", "progress", "runs", "data"},
     {"policies", "objectives"},
     {"evaluation"},
     {"training", "aggregation", "fusion"},

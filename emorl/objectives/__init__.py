@@ -8,6 +8,7 @@ An objective is called as `objective(prompts=…, completions=…, **columns)` a
 |---|---|---|
 | classifier | probability of a label under a sequence classifier that reads prompt and completion | [0, 1] |
 | likelihood | fluency: perplexity of the completion given the prompt under a causal language model | [0, 1] |
+| specificity | how much better the completion fits its prompt than the prompts of a bank, by a sentence encoder | [0, 1] |
 | length | 1 inside a range of words, falling to 0 outside | [0, 1] |
 | repetition | 1 - share of word trigrams that repeat an earlier one | [0, 1] |
 | distinct_2 | distinct word bigrams / word bigrams | [0, 1] |
@@ -15,11 +16,13 @@ An objective is called as `objective(prompts=…, completions=…, **columns)` a
 
 from emorl.objectives.classifier import Classifier
 from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.similarity import Specificity
 from emorl.objectives.text import Distinct2, Length, Repetition
 
 REGISTRY = {
     "classifier": Classifier,
     "likelihood": Likelihood,
+    "specificity": Specificity,
     "length": Length,
     "repetition": Repetition,
     "distinct_2": Distinct2,

@@ -9,10 +9,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from emorl.config import nearest
 from emorl.data import completion_text, prompt_text
 from emorl.objectives.batching import score_in_batches
+from emorl.objectives.joint_encoding import encode_jointly
 
 
 class Classifier:
-    """Scores in [0, 1]: sigmoid of a single logit, or the softmax probability of `label`.
+    """Scores in [0, 1]: sigmoid of a single logit or of a multi-label model's `label`, else the softmax probability of
+    `label`. Models of `emorl train-reward` carry a calibration of their logits, which is applied.
 
     Args:
         model: folder or hub id of any `AutoModelForSequenceClassification` with safetensors weights.
@@ -30,7 +32,11 @@ class Classifier:
         self._model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
         self._with_prompt = with_prompt
         self._batch_size = batch_size
-        self._label_index = _label_index(model, self._model.config.id2label, label)
+        config = self._model.config
+        self._label_index = _label_index(model, config.id2label, label)
+        self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        calibration = getattr(config, "calibration", [[1.0, 0.0]] * config.num_labels)
+        self._slopes, self._offsets = torch.tensor(calibration, device=self._model.device).T  # (labels,) each
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         texts = [completion_text(completion) for completion in completions]
@@ -40,23 +46,16 @@ class Classifier:
     @torch.no_grad()
     def _probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         prompts, completions = map(list, zip(*pairs, strict=True))
-        inputs = self._tokenizer(
-            *([prompts, completions] if self._with_prompt else [completions]),
-            padding=True,
-            padding_side="right",  # on the left it would shift an encoder's positions
-            truncation=True,
-            return_tensors="pt",
-        ).to(self._model.device)
-        logits = self._model(**inputs).logits.float()  # (B, labels)
-        if self._label_index is None:
-            return logits[:, 0].sigmoid().tolist()
-        return logits.softmax(-1)[:, self._label_index].tolist()
+        inputs = encode_jointly(self._tokenizer, completions, prompts if self._with_prompt else None).to(self._model.device)
+        logits = self._model(**inputs).logits.float() * self._slopes + self._offsets  # (B, labels)
+        probabilities = logits.sigmoid() if self._independent else logits.softmax(-1)
+        return probabilities[:, self._label_index].tolist()
 
 
-def _label_index(model: str, id2label: dict[int, str], label: str | None) -> int | None:
-    """The wanted label's column; None for a single logit."""
+def _label_index(model: str, id2label: dict[int, str], label: str | None) -> int:
+    """The wanted label's column."""
     if len(id2label) == 1:
-        return None
+        return 0
     names = {name: index for index, name in id2label.items()}
     if label is None:
         raise ValueError(f"classifier {model!r} has the labels {', '.join(names)}; say which with `label:`")

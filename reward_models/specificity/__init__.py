@@ -1,0 +1,1 @@
+"""Specificity: could the response have been said to nobody else?"""
