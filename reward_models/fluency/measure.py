@@ -28,9 +28,9 @@ from reward_models.agreement import Score, auc, best_fixed_response, pair_scores
 from reward_models.pair_data import CORRUPTIONS, GENERIC_RESPONSES, Pair, read_rows, word_salad
 
 SHORTEST = 5  # words of a response whose shuffled copy must score less
-LONGEST = 350  # words of prompt and response together: what fits into 512 tokens
-SAMPLE = 200  # responses per source
-CANDIDATES = 100  # for the best fixed response, besides the generic sentences
+LONGEST = 120  # words of prompt and response together: what fits into the 256 tokens that counsel-3m reads
+SAMPLE = 100  # responses per source
+CANDIDATES = 30  # for the best fixed response, besides the generic sentences
 REFLECTIONS = ("complex_reflections", "simple_reflections")
 DIALOGUES = {  # file, who asks, who answers
     "AnnoMI": ("annomi_train.jsonl", "client", "therapist"),
