@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-SPREAD = 1.3  # longest / shortest in a batch: padding costs a tenth; full batches cost twice it for dialogue turns
+SPREAD = 1.3  # longest / shortest in a batch: of 256 dialogue turns by 64, a fifth of the tokens is padding instead of 44 %
 FIXED = 40  # characters: about what special tokens and a chat template add to every pair
 
 Pair = tuple[str, str]
