@@ -13,6 +13,25 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[start:] for start in range(n)), strict=False))
 
 
+def repeated_share(text: str, n: int) -> float:
+    """Share of the words that lie in an n-gram which occurred before in the same text."""
+    found = ngrams(text, n)
+    first = {gram: place for place, gram in reversed(list(enumerate(found)))}
+    return _covered_share([first[gram] < place for place, gram in enumerate(found)], n)
+
+
+def quoted_share(text: str, source: str, n: int) -> float:
+    """Share of the words that lie in an n-gram which occurs in `source`."""
+    known = set(ngrams(source, n))
+    return _covered_share([gram in known for gram in ngrams(text, n)], n)
+
+
+def _covered_share(marked: Sequence[bool], n: int) -> float:
+    """Share of words inside a marked n-gram, of as many words as have these n-grams; 0 for none."""
+    covered = {word for place, mark in enumerate(marked) if mark for word in range(place, place + n)}
+    return len(covered) / (len(marked) + n - 1) if marked else 0.0
+
+
 @dataclass(frozen=True)
 class Length:
     """1 where the completion has `minimum` to `maximum` words; outside it falls linearly to 0, at no words and at twice

@@ -1,6 +1,7 @@
 """Objectives that run a model, on random tiny models saved and loaded as any hub id would be."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from emorl.objectives.classifier import Classifier
 from emorl.objectives.likelihood import Likelihood
+
+COUNSELLOR = Path(__file__).parents[3] / "shared" / "models" / "counsel-3m"
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +78,91 @@ def test_likelihood_equals_the_models_own_loss_in_batches_of_any_size(tiny_base_
             expected.append(model(input_ids=ids, labels=labels).loss.item())
     pairs = list(zip(PROMPTS, TEXTS, strict=True))
     assert Likelihood(str(tiny_base_dir)).negative_log_likelihoods(pairs) == pytest.approx(expected, abs=1e-5)
-    inverse = Likelihood(str(tiny_base_dir), scale="inverse", temperature=2.0, batch_size=3)
+    inverse = Likelihood(str(tiny_base_dir), temperature=2.0, minimum_words=0, batch_size=3)
     assert inverse(PROMPTS, TEXTS) == pytest.approx([math.exp(-nll / 2) for nll in expected], abs=1e-5)
-    linear = Likelihood(str(tiny_base_dir), ceiling=10_000.0)
+    linear = Likelihood(str(tiny_base_dir), "linear", ceiling=10_000.0, minimum_words=0)
     assert linear(PROMPTS, TEXTS) == pytest.approx([max(0, 1 - math.exp(nll) / 10_000) for nll in expected], abs=1e-5)
 
 
-def test_an_empty_completion_is_not_fluent(tiny_base_dir):
-    assert Likelihood(str(tiny_base_dir), ceiling=1e9)(["Hello"], ["  "]) == [0.0]
+@pytest.fixture(scope="module")
+def uniform_model(tmp_path_factory, make_causal_model, tokenizer):
+    """A language model to which every token is equally likely: perplexity V whatever the text."""
+    directory = tmp_path_factory.mktemp("uniform")
+    model = make_causal_model("llama")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory), model.config.vocab_size
 
 
-@pytest.mark.parametrize("options", [{"scale": "cubic"}, {"ceiling": 1.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    ("prompt", "text", "evidence", "copied"),
+    [
+        ("Hello", "one two three four five", 1.0, 0.0),
+        ("Hello", "Yes, yes.", 1 / 5, 0.0),
+        ("Hello", "I see.", 2 / 5, 0.0),
+        ("Hello", "a b c d. A b c d!", 4 / 5, (1 / 2 - 1 / 4) / (3 / 4)),  # half of it was said before
+        ("a b c d e", "A b c, d e?", 1.0, 1.0),  # all of it is the prompt's
+        ("a b c", "a b c d e f", 1.0, 0.0),  # half of it quoted is free
+    ],
+)
+def test_short_repeated_and_copied_text_by_hand(uniform_model, prompt, text, evidence, copied):
+    path, size = uniform_model
+    expected = evidence * math.exp(-math.log(size) * (1 + copied) / 2)
+    assert Likelihood(path, temperature=2.0)([prompt], [text]) == pytest.approx([expected])
+    assert Likelihood(path, temperature=2.0, floor=size / 4)([prompt], [text])[0] == pytest.approx(
+        expected * math.sqrt(size / 4)
+    )
+    linear = evidence * (1 - size ** (1 + copied) / 1e6)
+    assert Likelihood(path, "linear", ceiling=1e6)([prompt], [text]) == pytest.approx([linear])
+
+
+def test_at_its_floor_a_text_is_fluent_enough(uniform_model):
+    path, size = uniform_model
+    text = "one two three four five"
+    assert Likelihood(path, floor=size + 1)(["p"], [text]) == [1.0]
+    assert Likelihood(path, "linear", ceiling=2.0 * size, floor=size + 1)(["p"], [text]) == [1.0]
+
+
+def test_the_papers_form_reads_prompt_and_completion_together(tiny_base_dir, make_causal_model, tokenizer):
+    model = make_causal_model("llama")
+    ids = tokenizer("I am sad. I am sad.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        perplexity = model(input_ids=ids, labels=ids).loss.exp().item()
+    paper = Likelihood(str(tiny_base_dir), "paper", ceiling=10_000.0)
+    assert paper(["I am sad."], ["I am sad."]) == pytest.approx([max(0, 1 - perplexity / 10_000)], abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "...", "?!", "- - - - - - - -"])
+def test_text_without_a_word_is_not_fluent(tiny_base_dir, text):
+    assert Likelihood(str(tiny_base_dir), minimum_words=0)(["Hello"], [text]) == [0.0]
+
+
+def test_text_in_a_language_without_spaces_can_be_scored(tiny_base_dir):
+    text = "我很难过。"
+    full, fifth = (Likelihood(str(tiny_base_dir), minimum_words=n)(["你好"], [text])[0] for n in (0, 5))
+    assert fifth == pytest.approx(full / 5)
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not COUNSELLOR.is_dir(), reason="needs ../shared/models")
+def test_degenerate_text_scores_below_fluent_text_on_a_real_model():
+    fluency = Likelihood(str(COUNSELLOR), temperature=2.0)
+    prompt = "I want to quit smoking, but my husband smokes and it is hard when he is around."
+    degenerate = [
+        "husband your is hard quitting around when It he smokes.", "I am I am I am I am I am", "sad sad sad sad sad sad",
+        "You are not alone. You are not alone. You are not alone. You are not alone.", "Yes.", "I see.", "...", "", prompt,
+        "It is hard to quit when your",
+    ]  # fmt: skip
+    fluent, *others = fluency([prompt] * 11, ["It is hard to quit when your husband smokes around you.", *degenerate])
+    assert max(others) < fluent
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": "cubic"}, {"ceiling": 1.0}, {"temperature": 0.0}, {"floor": 0.5}, {"scale": "linear", "floor": 60.0},
+     {"scale": "paper", "floor": 5.0}, {"minimum_words": -1}],
+)  # fmt: skip
 def test_impossible_scales_are_refused_before_loading(options):
     with pytest.raises(ValueError, match="likelihood:"):
         Likelihood("not-a-model", **options)

@@ -1,6 +1,6 @@
 import pytest
 
-from emorl.objectives.text import Distinct2, Length, Repetition
+from emorl.objectives.text import Distinct2, Length, Repetition, quoted_share, repeated_share
 
 
 def score(objective, *texts):
@@ -28,3 +28,11 @@ def test_conversations_score_as_their_text():
 def test_impossible_lengths_are_refused(bounds):
     with pytest.raises(ValueError, match="expected 0 <= minimum <= maximum"):
         Length(*bounds)
+
+
+def test_phrases_said_again_or_taken_over_are_found():
+    assert repeated_share("I am I am I am", 3) == pytest.approx(4 / 6)
+    assert repeated_share("you are sad you are sad", 3) == pytest.approx(3 / 6)
+    assert repeated_share("you are sad today", 3) == 0.0
+    assert quoted_share("so you lost my job", "I lost my job", 3) == pytest.approx(3 / 5)
+    assert repeated_share("", 3) == repeated_share("a b", 3) == quoted_share("", "a b c", 3) == 0.0

@@ -1,0 +1,1 @@
+"""Fluency: is the response a sentence that people say?"""
