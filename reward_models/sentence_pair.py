@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,6 +93,8 @@ class SentencePair:
         model: that folder.
         batch_size: pairs scored together.
     """
+
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __init__(self, model: str, batch_size: int = 256) -> None:
         folder = Path(model)

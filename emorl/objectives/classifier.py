@@ -1,7 +1,7 @@
 """An objective that is the probability of a label under a sequence classifier from a folder or the hub."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -23,6 +23,8 @@ class Classifier:
     >>> Classifier("org/toxicity", label="non-toxic")(prompts=["Hi"], completions=["Hello!"])  # doctest: +SKIP
     [0.98]
     """
+
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __init__(self, model: str, label: str | None = None, with_prompt: bool = True, batch_size: int = 64) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)

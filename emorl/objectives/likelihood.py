@@ -6,7 +6,7 @@ mostly scores the prompt); completions are batched; an empty completion scores 0
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +26,8 @@ class Likelihood:
         temperature: softening of `inverse`; 1 is the plain mean probability.
         batch_size: completions per forward pass; they are sorted by length first.
     """
+
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __init__(
         self,
