@@ -1,5 +1,6 @@
 """An objective that is the probability of a label under a sequence classifier from a folder or the hub."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -8,11 +9,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from emorl.config import nearest
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import score_in_batches
+from emorl.objectives.batching import longest_input, score_in_batches
+
+logger = logging.getLogger(__name__)
 
 
 class Classifier:
     """Scores in [0, 1]: sigmoid of a single logit, or the softmax probability of `label`.
+
+    What is longer than the model reads loses its end, the longer of prompt and completion first; the first time is logged.
 
     Args:
         model: folder or hub id of any `AutoModelForSequenceClassification` with safetensors weights.
@@ -32,6 +37,8 @@ class Classifier:
         self._model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
         self._with_prompt = with_prompt
         self._batch_size = batch_size
+        self._longest = min(self._tokenizer.model_max_length, longest_input(self._model) or self._tokenizer.model_max_length)
+        self._has_cut = False
         self._label_index = _label_index(model, self._model.config.id2label, label)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -41,18 +48,29 @@ class Classifier:
 
     @torch.no_grad()
     def _probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        prompts, completions = map(list, zip(*pairs, strict=True))
+        prompts, completions = ([self._beginning(text) for text in side] for side in zip(*pairs, strict=True))
         inputs = self._tokenizer(
             *([prompts, completions] if self._with_prompt else [completions]),
             padding=True,
             padding_side="right",  # on the left it would shift an encoder's positions
             truncation=True,
+            max_length=self._longest,
             return_tensors="pt",
-        ).to(self._model.device)
-        logits = self._model(**inputs).logits.float()  # (B, labels)
+        )
+        if not self._has_cut and any(encoding.overflowing for encoding in inputs.encodings or ()):
+            self._has_cut = True
+            logger.warning("classifier: a text longer than the model's %d tokens was cut (said once)", self._longest)
+        logits = self._model(**inputs.to(self._model.device)).logits.float()  # (B, labels)
         if self._label_index is None:
             return logits[:, 0].sigmoid().tolist()
         return logits.softmax(-1)[:, self._label_index].tolist()
+
+    def _beginning(self, text: str) -> str:
+        """As many tokens of a very long text as the model reads: cutting pairs takes time that grows with the cut, squared."""
+        if len(text) <= 4 * self._longest or not self._tokenizer.is_fast:
+            return text
+        ends = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        return text[: ends[min(self._longest, len(ends)) - 1][1]] if ends else text
 
 
 def _label_index(model: str, id2label: dict[int, str], label: str | None) -> int | None:
