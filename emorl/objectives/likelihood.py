@@ -4,6 +4,7 @@ Departures from the authors' code: the perplexity is of the completion given the
 mostly scores the prompt); completions are batched; an empty completion scores 0 instead of the prompt's perplexity.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -12,11 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import score_in_batches
+from emorl.objectives.batching import longest_input, score_in_batches
+
+logger = logging.getLogger(__name__)
 
 
 class Likelihood:
     """Scores in [0, 1] from ppl = exp(mean negative log-likelihood of the completion's tokens, end token included).
+
+    What is longer than the model has positions for loses the prompt's beginning, down to a quarter of the positions, then the
+    completion's end; the first time is logged.
 
     Args:
         model: folder or hub id of a causal language model with safetensors weights.
@@ -45,6 +51,7 @@ class Likelihood:
         self._model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True).eval()
         self._model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         self._model.requires_grad_(False)
+        self._longest, self._has_cut = longest_input(self._model), False
         self._scale, self._ceiling, self._temperature, self._batch_size = scale, ceiling, temperature, batch_size
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -66,7 +73,7 @@ class Likelihood:
     @torch.no_grad()
     def negative_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Mean negative log-likelihood per completion token, in nats, of each (prompt, completion)."""
-        rows = [self._encode(prompt, completion) for prompt, completion in pairs]
+        rows = [self._cut(*self._encode(prompt, completion)) for prompt, completion in pairs]
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids = torch.full((len(rows), length), 0)  # (B, T), padded right: causal, so padding changes nothing before it
         scored = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -78,6 +85,17 @@ class Likelihood:
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T-1)
         nll = nll.masked_fill(~scored[:, 1:], 0.0).sum(1)
         return (nll / scored[:, 1:].sum(1).clamp(min=1)).tolist()
+
+    def _cut(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
+        """As much of them as the model has positions for."""
+        if self._longest is None or len(prompt) + len(completion) <= self._longest:
+            return prompt, completion
+        if not self._has_cut:
+            self._has_cut = True
+            logger.warning("likelihood: a text longer than the model's %d positions was cut (said once)", self._longest)
+        room = max(self._longest - len(completion), self._longest // 4)
+        prompt = prompt[-room:]
+        return prompt, completion[: self._longest - len(prompt)]
 
     def _encode(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the completion with its end token, in the language model's own chat format."""
