@@ -30,14 +30,15 @@ line as dotted.key=value. Keys (with defaults):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. A user's mistake is one line on standard error and exit code 2, never a traceback."""
+    """Runs one command. A user's mistake is one line on standard error and exit code 2, never a traceback; a check that fails
+    exits with 1."""
     _quiet_libraries()
     sys.path.append(os.getcwd())  # objectives named package.module:attribute may lie beside the experiment
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         print(f"emorl {options.command}: {error}", file=sys.stderr)
         return 2
@@ -47,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 def _quiet_libraries() -> None:
@@ -114,6 +114,15 @@ def _add_generate(command: argparse.ArgumentParser, name: str) -> None:
         "--prefer", default="", metavar="NAME=NUMBER,…", help="what matters to you, e.g. reflection=0.7,empathy=0.3"
     )
     command.add_argument("--prompt", action="append", help="answer this (repeatable); standard input, a line each, otherwise")
+
+
+def _add_objectives(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    summary = "Score edge cases with every objective of an experiment; exit code 1 if any of its checks fails."
+    actions = command.add_subparsers(metavar="check")
+    check = actions.add_parser("check", help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_experiment(check, f"{name} check")
+    check.set_defaults(run=_check_objectives, command=f"{name} check")
 
 
 def _add_quickstart(command: argparse.ArgumentParser, name: str) -> None:
@@ -260,6 +269,37 @@ def _generate(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
+def _objectives(options: argparse.Namespace) -> None:
+    from emorl.objectives.catalogue import catalogue
+    from emorl.reporting.objective_tables import catalogue_json, print_catalogue
+
+    if options.json:
+        print(json.dumps(catalogue_json(catalogue()), indent=2))
+    else:
+        print_catalogue(catalogue())
+
+
+def _check_objectives(options: argparse.Namespace) -> int:
+    from emorl.data import load_prompts
+    from emorl.objectives.check import check_objective
+    from emorl.objectives.loading import check_objectives, load_objective
+    from emorl.policies.loading import load_tokenizer
+    from emorl.policies.prompts import is_chat
+    from emorl.reporting.objective_tables import checks_json, print_checks
+
+    experiment = _load(options)
+    check_objectives(experiment.objectives)
+    prompts = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    results = [
+        check_objective(load_objective(name, config), prompts.train[0]) for name, config in experiment.objectives.items()
+    ]
+    if options.json:
+        print(json.dumps(checks_json(results), indent=2, ensure_ascii=False))
+    else:
+        print_checks(results)
+    return 0 if all(result.passed for result in results) else 1
+
+
 def _quickstart(options: argparse.Namespace) -> None:
     from emorl.console import Console
     from emorl.quickstart.experiment import quickstart_experiment
@@ -268,7 +308,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     _run_all(experiment, options.json)
 
 
-_Command = tuple[str, str, Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser, str], None]]
+_Command = tuple[str, str, Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser, str], None]]
 _COMMANDS: tuple[_Command, ...] = (
     ("quickstart", "The whole job on an embedded example: train, search, compare, report.", _quickstart, _add_quickstart),
     ("run", "All stages of an experiment; finished ones are skipped, an interrupted one continues.", _run, _add_experiment),
@@ -277,5 +317,11 @@ _COMMANDS: tuple[_Command, ...] = (
     ("search", "Search the aggregation weights of the trained policies.", _search, _add_experiment),
     ("evaluate", "Compare what was found with its rivals on test prompts.", _evaluate, _add_experiment),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),
+    (
+        "objectives",
+        "List the registered objectives; `check` runs those of an experiment on edge cases.",
+        _objectives,
+        _add_objectives,
+    ),
     ("generate", "Answer prompts with the point of the front that suits your preference.", _generate, _add_generate),
 )

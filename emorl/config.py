@@ -6,6 +6,7 @@ Kept free of torch, so that a mistake in an experiment file is reported within a
 import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,6 +146,6 @@ def describe(config_class: type, prefix: str = "") -> str:
         default = f" [{properties[field.name]['default']}]" if "default" in properties.get(field.name, {}) else ""
         lines.append(f"  {name}{default}  {' '.join(meaning.split())}".rstrip())
         if block is not None:
-            inner = f"{name}." if block is field.type else f"{name}.NAME."
+            inner = f"{name}.NAME." if typing.get_origin(field.type) is dict else f"{name}."
             lines.append(describe(block, inner))
     return "\n".join(lines)

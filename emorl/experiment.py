@@ -4,6 +4,7 @@ They stand here, not beside each stage's `run`, so that a wrong experiment file 
 Blocks named after another library (`lora`, `grpo`, `generation`) go straight to that library.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +47,42 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class TransformConfig:
+    range: tuple[float, float] | None = None
+    """lowest and highest raw score, which become 0 and 1; by default what the objective's function declares"""
+    mean: float | None = None
+    """instead of a range, where there is none (a reward model's logit): score = logistic((raw score - mean) / std)"""
+    std: float | None = Field(default=None, gt=0)
+    """goes with mean"""
+    clip: tuple[float, float] | None = None
+    """scores are cut to these: [0, 1] by default, [0.0001, 0.9999] with log (paper)"""
+    log: bool = False
+    """training maximises log(score) (paper's reward); validation, search, evaluation and report show the score itself"""
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together")
+        if self.range is not None and self.mean is not None:
+            raise ValueError("give either a range, or mean and std")
+        if self.mean is not None and not (math.isfinite(self.mean) and math.isfinite(self.std or 1.0)):
+            raise ValueError("mean and std must be finite")
+        if self.range is not None and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
+            raise ValueError(f"range: expected two finite numbers, the lower first, got {list(self.range)}")
+        if self.clip is not None and not 0 <= self.clip[0] < self.clip[1] <= 1:
+            raise ValueError(f"clip: expected two numbers in [0, 1], the lower first, got {list(self.clip)}")
+        if self.log and self.clip is not None and self.clip[0] == 0:
+            raise ValueError("clip must begin above 0 where log is on: log(0) is no reward")
+
+
+@dataclass(frozen=True, config=_strict)
 class ObjectiveConfig:
     function: str
     """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute"""
     options: dict[str, Any] = Field(default_factory=dict)
-    """options of that function; may be written beside `function` directly"""
+    """options of that function; may be written beside `function` directly (one called `transform` only here)"""
+    transform: TransformConfig | None = None
+    """from the function's raw score to a score in [0, 1]; without it, the range that the function declares is mapped onto
+    [0, 1], and the scores of a function that declares none stay as they are"""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,8 +91,9 @@ class ObjectiveConfig:
         content = dict(getattr(value, "kwargs", None) or {}) if not isinstance(value, (str, dict)) else value
         if isinstance(content, str):
             return {"function": content}
-        options = {k: v for k, v in content.items() if k not in ("function", "options")}
-        return {"function": content.get("function"), "options": {**options, **(content.get("options") or {})}}
+        options = {k: v for k, v in content.items() if k not in ("function", "options", "transform")}
+        options |= content.get("options") or {}
+        return {"function": content.get("function"), "options": options, "transform": content.get("transform")}
 
 
 @dataclass(frozen=True, config=_strict)

@@ -66,7 +66,8 @@ class Run:
 
 
 def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
-    """The run in `path`: new, unfinished (continue it) or finished (skip it).
+    """The run in `path`: new, unfinished (continue it) or finished (skip it). A setting that is null and one that is not
+    there are the same, so that runs of a version without that setting are known.
 
     Raises:
         UserError: `path` holds a run with another config, or a damaged one.
@@ -78,8 +79,9 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
         _write_manifest(path, stage, config, finished=False)
         return Run(path, stage, config, finished=False, cost=Cost())
     manifest = read_json(manifest_path)
-    if manifest.get("stage") != stage or manifest.get("config") != config:
-        changed = ", ".join(_differences(manifest.get("config", {}), config)) or "the stage"
+    changed = ", ".join(_differences(manifest.get("config", {}), config))
+    if manifest.get("stage") != stage or changed:
+        changed = changed or "the stage"
         raise UserError(
             f"{path} holds a run with other settings ({changed}); give another `output`, or move that directory away"
         )

@@ -7,11 +7,10 @@ cross-encoder trained on few prompts learns form long before it learns who is me
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from emorl.data import completion_text, prompt_text
 from emorl.objectives import Classifier, Specificity
@@ -50,7 +49,7 @@ class Guard:
         encoder: another place of the gate's encoder than where it was trained.
     """
 
-    range = (0.0, 1.0)
+    range: ClassVar = (0.0, 1.0)
 
     def __init__(self, model: str, bank: str | None = None, encoder: str | None = None) -> None:
         folder = Path(model)
@@ -81,29 +80,28 @@ class Guarded:
 
     Args:
         model: a folder that a `train.py` here wrote.
-        labels: outputs of the classifier that are added; the only one by default.
-        share: the sum is multiplied by it, and at most 1.
+        labels: outputs of the classifier that are averaged; the only one by default.
+        factor: the average is multiplied by it, and at most 1.
         bank, encoder: as in `Guard`.
     """
 
-    range = (0.0, 1.0)
+    range: ClassVar = (0.0, 1.0)
 
     def __init__(
         self,
         model: str,
         labels: Sequence[str] | None = None,
-        share: float = 1.0,
+        factor: float = 1.0,
         bank: str | None = None,
         encoder: str | None = None,
     ) -> None:
         self._guard = Guard(model, bank, encoder)
-        self._classifiers = [Classifier(model, label=label) for label in labels or [None]]
-        self._share = share
+        self._classifier = Classifier(model, label=labels)
+        self._factor = factor
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        forms = [classifier(prompts, completions) for classifier in self._classifiers]
-        guards = self._guard(prompts, completions)
-        return [min(1.0, self._share * math.fsum(form)) * guard for *form, guard in zip(*forms, guards, strict=True)]
+        forms, guards = self._classifier(prompts, completions), self._guard(prompts, completions)
+        return [min(1.0, self._factor * form) * guard for form, guard in zip(forms, guards, strict=True)]
 
 
 def copied_share(prompt: str, response: str) -> float:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from emorl.cli import main
+from emorl.objectives import REGISTRY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -213,7 +214,65 @@ def test_an_adapter_of_another_base_is_one_line(experiment, finished, capsys, tm
     assert "another base" in line
 
 
-@pytest.mark.parametrize("command", ["quickstart", "run", "train", "search", "evaluate", "report", "generate"])
+def fussy(prompts, completions, **columns):
+    return [1 / len(completion[0]["content"].split()) for completion in completions]
+
+
+def with_transform(block):
+    return f"objectives.vowels={{function: {__name__}:vowels, transform: {block}}}"
+
+
+def test_objectives_lists_the_registry_with_ranges_and_examples(capsys):
+    text = output_of(capsys, "objectives")
+    for name in REGISTRY:
+        assert f"\n{name} " in text
+    assert "[0, 1]" in text
+    assert "needs model" in text
+    listed = json.loads(output_of(capsys, "objectives", "--json"))
+    examples = {entry["name"]: entry["example"] for entry in listed["objectives"]}
+    assert examples["distinct_2"] == 0.75
+    assert f'"{listed["example"]["completion"]}"' in text
+
+
+def test_objectives_check_scores_edge_cases_and_passes(experiment, capsys):
+    text = output_of(capsys, "objectives", "check", experiment, with_transform("{range: [0, 1], log: true}"))
+    assert "all checks passed" in text
+    assert "clipped to [0.0001, 0.9999]; training reward log(score)" in text
+    assert "normal, as plain text *" in text  # a conversation is what this base reads
+    checks = json.loads(output_of(capsys, "objectives", "check", experiment, "--json"))
+    assert checks["passed"]
+    cases = {case["case"]: case for case in checks["objectives"]["digits"]["cases"]}
+    assert {"empty", "5,000 words", "Arabic", "only punctuation"} <= set(cases)
+    assert cases["JSON"]["score"] == pytest.approx(2 / 46)
+
+
+def test_objectives_check_exits_with_1_and_names_what_failed(experiment, capsys):
+    arguments = ["objectives", "check", str(experiment), f"objectives.fussy={__name__}:fussy"]
+    assert main(arguments) == 1
+    text = capsys.readouterr().out
+    assert "! fussy, empty: ZeroDivisionError: " in text
+    assert "failed: fussy" in text
+    assert main([*arguments, "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)
+    assert (checks["passed"], checks["objectives"]["vowels"]["passed"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objectives.vowels=lenght", "no objective function is called 'lenght'; did you mean 'length'"),
+        (with_transform("{log: true}"), "objective 'vowels': transform: its function declares no range"),
+        (with_transform("{rang: [0, 1]}"), "unknown key 'objectives.vowels.transform.rang'; did you mean 'range'"),
+        ("data.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ],
+)
+def test_a_wrong_experiment_is_one_line_for_the_check_too(experiment, capsys, override, message):
+    line = mistake(capsys, "objectives", "check", experiment, override)
+    assert line.startswith("emorl objectives check: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("command", ["objectives", "quickstart", "run", "train", "search", "evaluate", "report", "generate"])
 def test_help_teaches(command, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["emorl", command, "--help"])
     with pytest.raises(SystemExit) as left:

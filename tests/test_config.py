@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from emorl.config import UserError, apply_overrides, as_mapping, describe, parse, read_yaml, to_yaml
-from emorl.experiment import Experiment, load_experiment, load_run
+from emorl.experiment import Experiment, TransformConfig, load_experiment, load_run
 
 CONTENT = {
     "output": "runs/x",
@@ -24,10 +24,21 @@ def test_options_beside_function_are_its_options():
     assert objectives["b"].function == "package.module:reward"
 
 
+def test_transform_beside_function_is_no_option_unless_it_stands_in_options():
+    objectives = experiment(
+        "objectives.a.transform.log=true", "objectives.c={function: f, options: {transform: up}}"
+    ).objectives
+    assert objectives["a"].transform == TransformConfig(log=True)
+    assert objectives["a"].options == {"model": "z"}
+    assert objectives["b"].transform is None
+    assert (objectives["c"].transform, objectives["c"].options) == (None, {"transform": "up"})
+
+
 def test_a_written_experiment_is_read_back_equal(tmp_path):
-    (tmp_path / "experiment.yaml").write_text(to_yaml(experiment("train.grpo.learning_rate=1e-3")))
+    settings = ["train.grpo.learning_rate=1e-3", "objectives.a.transform={range: [0, 5], log: true}"]
+    (tmp_path / "experiment.yaml").write_text(to_yaml(experiment(*settings)))
     again = load_run(tmp_path)
-    assert again == experiment("train.grpo.learning_rate=1e-3", f"output={tmp_path}")  # where it is found
+    assert again == experiment(*settings, f"output={tmp_path}")  # where it is found
     assert again.train.grpo["learning_rate"] == 0.001
 
 
@@ -53,6 +64,9 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
         ("data.path=null", "data.path: Input should be a valid string"),
         ("base=3", "base: Input should be a dictionary"),
         ("objectives={}", "name at least one objective"),
+        ("objectives.a.transform.lag=true", "unknown key 'objectives.a.transform.lag'; did you mean 'log'"),
+        ("objectives.a.transform.range=[5, 1]", "objectives.a.transform: range: expected two finite numbers, the lower"),
+        ("objectives.a.transform.range=5", "objectives.a.transform.range: Input should be a valid tuple"),
         ("objectives.a-b=length", "'a-b' cannot name an objective"),
         ("objectives.base=length", "'base' cannot name an objective"),
         ("search.preferences={q: 1}", r"search.preferences names \['q'\], but the objectives are \['a', 'b'\]"),
@@ -91,6 +105,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 
 def test_help_names_every_key_with_its_meaning():
     text = describe(Experiment)
+    assert "objectives.NAME.transform.log [False]  training maximises log(score)" in text
 
     def check(block, prefix):
         for name in as_mapping(block):

@@ -93,3 +93,11 @@ def test_a_second_process_is_told_and_a_killed_one_leaves_no_lock(tmp_path):
     time.sleep(0.05)
     with only_process(tmp_path):
         pass
+
+
+def test_a_setting_of_a_later_version_that_is_null_is_the_same_run(tmp_path):
+    (tmp_path / "work").write_text("done")
+    open_run(tmp_path, "train", {"objective": {"function": "length"}}).finish()
+    assert open_run(tmp_path, "train", {"objective": {"function": "length", "transform": None}}).finished
+    with pytest.raises(UserError, match=r"objective.transform: None -> 'x'"):
+        open_run(tmp_path, "train", {"objective": {"function": "length", "transform": "x"}})

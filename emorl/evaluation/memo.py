@@ -51,7 +51,7 @@ class ScoreMemo:
             columns: the data set's other columns, one entry per completion: another row is another text.
         """
         keys = _digests(prompts, completions, columns)
-        known = self._look_up(objective.name, list(dict.fromkeys(keys)))
+        known = self._look_up(objective.key, list(dict.fromkeys(keys)))
         new: dict[bytes, int] = {}  # text -> its first position
         for position, key in enumerate(keys):
             if key not in known:
@@ -64,7 +64,7 @@ class ScoreMemo:
             )
             found = dict(zip(new, scores, strict=True))
             with self._database:
-                rows = [(objective.name, key, score) for key, score in found.items()]
+                rows = [(objective.key, key, score) for key, score in found.items()]
                 self._database.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
             known |= found
         self.known += len(keys) - len(new)

@@ -2,7 +2,8 @@
 
 An objective is called as `objective(prompts=…, completions=…, **columns)` and returns one score per completion
 (`list[float | None]`, None for "cannot be scored"); every objective is maximised. What works in
-`trl.GRPOTrainer(reward_funcs=…)` works here and the other way round.
+`trl.GRPOTrainer(reward_funcs=…)` works here and the other way round. A class or function may declare its `range`;
+`scale.py` says how raw scores become the scores that everything else sees.
 
 | name | scores | range |
 |---|---|---|

@@ -1,9 +1,13 @@
-"""Length-sorted batches for objectives that run a model."""
+"""Length-sorted batches for objectives that run a model, and the longest input it can read."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from torch import nn
+from transformers import PreTrainedModel
+
 SPREAD = 1.3  # longest / shortest in a batch: of 256 dialogue turns by 64, a fifth of the tokens is padding instead of 44 %
 FIXED = 40  # characters: about what special tokens and a chat template add to every pair
+_CHARACTERS = 64 * 1024  # of a batch with its padding: few long texts at once
 
 Pair = tuple[str, str]
 
@@ -17,10 +21,12 @@ def score_in_batches(pairs: Sequence[Pair], score: Callable[[Sequence[Pair]], li
 
 
 def similar_lengths(pairs: Iterable[Pair], batch_size: int) -> Iterator[list[Pair]]:
-    """Batches of at most `batch_size` pairs, shortest first; a new one also where lengths would differ by `SPREAD`."""
+    """Batches of at most `batch_size` pairs, shortest first; a new one also where lengths would differ by `SPREAD`, or the
+    batch would be very large."""
     batch: list[Pair] = []
     for pair in sorted(pairs, key=lambda pair: (_size(pair), pair)):
-        if batch and (len(batch) == batch_size or _size(pair) > SPREAD * _size(batch[0])):
+        size = _size(pair)
+        if batch and (len(batch) == batch_size or size > SPREAD * _size(batch[0]) or (len(batch) + 1) * size > _CHARACTERS):
             yield batch
             batch = []
         batch.append(pair)
@@ -30,3 +36,12 @@ def similar_lengths(pairs: Iterable[Pair], batch_size: int) -> Iterator[list[Pai
 
 def _size(pair: Pair) -> int:
     return FIXED + len(pair[0]) + len(pair[1])
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest input that a model has positions for; None where positions are not counted."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa's kind counts from behind the padding index
+    return positions

@@ -1,24 +1,30 @@
 """An objective that is the probability of a label under a sequence classifier from a folder or the hub."""
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from emorl.config import nearest
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import score_in_batches
+from emorl.objectives.batching import longest_input, score_in_batches
 from emorl.objectives.joint_encoding import encode_jointly
+
+logger = logging.getLogger(__name__)
 
 
 class Classifier:
     """Scores in [0, 1]: sigmoid of a single logit or of a multi-label model's `label`, else the softmax probability of
     `label`. Models of `emorl train-reward` carry a calibration of their logits, which is applied.
 
+    What is longer than the model reads loses its end, the longer of prompt and completion first; the first time is logged.
+
     Args:
         model: folder or hub id of any `AutoModelForSequenceClassification` with safetensors weights.
-        label: name of the label that is wanted; not needed where the model has a single logit.
+        label: name of the label that is wanted, or several whose probabilities are averaged; not needed where the model has
+            a single logit.
         with_prompt: encode (prompt, completion) as a pair; False reads the completion alone.
         batch_size: completions per forward pass; they are sorted by length first.
 
@@ -26,14 +32,22 @@ class Classifier:
     [0.98]
     """
 
-    def __init__(self, model: str, label: str | None = None, with_prompt: bool = True, batch_size: int = 64) -> None:
+    range: ClassVar = (0.0, 1.0)
+
+    def __init__(
+        self, model: str, label: str | Sequence[str] | None = None, with_prompt: bool = True, batch_size: int = 64
+    ) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True).eval()
         self._model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
         self._with_prompt = with_prompt
         self._batch_size = batch_size
         config = self._model.config
-        self._label_index = _label_index(model, config.id2label, label)
+        self._longest = min(self._tokenizer.model_max_length, longest_input(self._model) or self._tokenizer.model_max_length)
+        self._tokenizer.model_max_length = self._longest
+        self._has_cut = False
+        labels = [label] if label is None or isinstance(label, str) else label
+        self._columns = [_label_index(model, config.id2label, one) for one in labels]
         self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         calibration = getattr(config, "calibration", [[1.0, 0.0]] * config.num_labels)
         self._slopes, self._offsets = torch.tensor(calibration, device=self._model.device).T  # (labels,) each
@@ -45,11 +59,21 @@ class Classifier:
 
     @torch.no_grad()
     def _probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        prompts, completions = map(list, zip(*pairs, strict=True))
-        inputs = encode_jointly(self._tokenizer, completions, prompts if self._with_prompt else None).to(self._model.device)
-        logits = self._model(**inputs).logits.float() * self._slopes + self._offsets  # (B, labels)
+        prompts, completions = ([self._beginning(text) for text in side] for side in zip(*pairs, strict=True))
+        inputs = encode_jointly(self._tokenizer, completions, prompts if self._with_prompt else None)
+        if not self._has_cut and any(encoding.overflowing for encoding in inputs.encodings or ()):
+            self._has_cut = True
+            logger.warning("classifier: a text longer than the model's %d tokens was cut (said once)", self._longest)
+        logits = self._model(**inputs.to(self._model.device)).logits.float() * self._slopes + self._offsets  # (B, labels)
         probabilities = logits.sigmoid() if self._independent else logits.softmax(-1)
-        return probabilities[:, self._label_index].tolist()
+        return probabilities[:, self._columns].mean(1).tolist()
+
+    def _beginning(self, text: str) -> str:
+        """As many tokens of a very long text as the model reads: cutting pairs takes time that grows with the cut, squared."""
+        if len(text) <= 4 * self._longest or not self._tokenizer.is_fast:
+            return text
+        ends = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        return text[: ends[min(self._longest, len(ends)) - 1][1]] if ends else text
 
 
 def _label_index(model: str, id2label: dict[int, str], label: str | None) -> int:

@@ -5,17 +5,20 @@ both together (which mostly scores the prompt); the end token counts, so a text 
 language model finds easy without its being fluent (repetition, a copied prompt, a word or two) is corrected for.
 """
 
+import logging
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import score_in_batches
+from emorl.objectives.batching import longest_input, score_in_batches
 from emorl.objectives.text import quoted_share, repeated_share
+
+logger = logging.getLogger(__name__)
 
 PHRASE = 3  # words that count as repeated or quoted when they occur together again
 FREE_REPEATED, FREE_QUOTED = 0.25, 0.75  # none of 1,700 human responses repeats more; 2 of PAIR's 768 reflections quote more
@@ -32,6 +35,9 @@ class Likelihood:
     token blindly; repeated and quoted are shares of words in 3-word phrases. Where text is neither
     short nor copied, score = scale(perplexity).
 
+    What is longer than the model has positions for loses the prompt's beginning, down to a quarter of the positions, then the
+    completion's end; the first time is logged.
+
     Args:
         model: folder or hub id of a causal language model with safetensors weights.
         scale: `inverse` is ppl ** (-1 / temperature), the geometric mean token probability, softened; `linear` is
@@ -44,6 +50,8 @@ class Likelihood:
         minimum_words: distinct words that are full evidence; 0 for languages written without spaces.
         batch_size: completions per forward pass; they are sorted by length first.
     """
+
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __init__(
         self,
@@ -67,6 +75,7 @@ class Likelihood:
         self._model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True).eval()
         self._model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         self._model.requires_grad_(False)
+        self._longest, self._has_cut = longest_input(self._model), False
         self._scale, self._ceiling, self._temperature, self._batch_size = scale, ceiling, temperature, batch_size
         self._floor, self._minimum_words = floor, minimum_words
 
@@ -103,7 +112,7 @@ class Likelihood:
     @torch.no_grad()
     def negative_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Mean negative log-likelihood per completion token, in nats, of each (prompt, completion)."""
-        rows = [self._encode(prompt, completion) for prompt, completion in pairs]
+        rows = [self._cut(*self._encode(prompt, completion)) for prompt, completion in pairs]
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids = torch.full((len(rows), length), 0)  # (B, T), padded right: causal, so padding changes nothing before it
         scored = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -115,6 +124,17 @@ class Likelihood:
         logits = self._model(input_ids=ids).logits[:, :-1][wanted].float()  # (scored tokens, V)
         nll = torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
         return [row.sum().item() / max(1, len(row)) for row in nll.split(wanted.sum(1).tolist())]
+
+    def _cut(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
+        """As much of them as the model has positions for."""
+        if self._longest is None or len(prompt) + len(completion) <= self._longest:
+            return prompt, completion
+        if not self._has_cut:
+            self._has_cut = True
+            logger.warning("likelihood: a text longer than the model's %d positions was cut (said once)", self._longest)
+        room = max(self._longest - len(completion), self._longest // 4)
+        prompt = prompt[-room:]
+        return prompt, completion[: self._longest - len(prompt)]
 
     def _encode(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids to condition on (the prompt) and to score (completion and end token), in the model's own chat format."""

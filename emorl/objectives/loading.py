@@ -13,24 +13,45 @@ from typing import Any
 from emorl.config import UserError, nearest
 from emorl.experiment import ObjectiveConfig
 from emorl.objectives import REGISTRY
+from emorl.objectives.scale import RAW, Scale, declared_range, interval, resolve
 
 
 class Objective:
-    """A reward function under its name; every call's scores are checked (one finite number or None per completion).
+    """A reward function under its name and on its scale; called, it gives scores, which only training turns into rewards.
+
+    Every call's scores are checked (one finite number or None per completion), and those outside the range are counted.
 
     Raises:
         UserError: on a call, when the function returns the wrong number of scores, NaN, infinity or no number.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], scale: Scale = RAW) -> None:
         self.name = self.__name__ = name  # TRL logs a reward function under its __name__
+        self.scale = scale
+        self.scored = self.outside = 0  # scores so far, and how many of them lay outside the range
         self._function = function
 
+    @property
+    def key(self) -> str:
+        """What remembered scores are filed under: those of another scale are other scores."""
+        return self.name if self.scale == RAW else f"{self.name} {self.scale!r}"
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        raw = self.raw(prompts, completions, **columns)
+        self.scored += len(raw)
+        self.outside += sum(score is not None and self.scale.is_outside(score) for score in raw)
+        return [None if score is None else self.scale.score(score) for score in raw]
+
+    def raw(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """What the function itself returns, checked."""
         scores = self._function(prompts=list(prompts), completions=list(completions), **columns)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
         return self._checked(scores, len(completions))
+
+    def rewards(self, scores: Sequence[float | None]) -> list[float | None]:
+        """Scores as training maximises them."""
+        return [None if score is None else self.scale.reward(score) for score in scores]
 
     def _checked(self, scores: Any, expected: int) -> list[float | None]:
         where = f"objective {self.name!r}"
@@ -65,11 +86,21 @@ def check_objectives(objectives: Mapping[str, ObjectiveConfig]) -> None:
         _resolve(name, config)
 
 
+def outside_range(objectives: Sequence[Objective]) -> list[str]:
+    """One line for each objective that has scored outside its range: how many scores were clipped."""
+    return [
+        f"objective {objective.name!r}: {objective.outside:,} of {objective.scored:,} raw scores were outside its range "
+        f"{interval(objective.scale.range)} and were clipped; a wider `transform.range` would tell them apart"
+        for objective in objectives
+        if objective.outside
+    ]
+
+
 def load_objective(name: str, config: ObjectiveConfig) -> Objective:
     """The objective ready to score; loads its model if it has one."""
-    function, options = _resolve(name, config)
+    function, options, scale = _resolve(name, config)
     try:
-        return Objective(name, function(**options) if isinstance(function, type) else _partial(function, options))
+        return Objective(name, function(**options) if isinstance(function, type) else _partial(function, options), scale)
     except (ValueError, OSError) as error:
         what = f"model {options['model']!r}: " if isinstance(error, OSError) and "model" in options else ""
         raise UserError(f"objective {name!r}: {what}{str(error).splitlines()[0]:.300}") from None
@@ -79,8 +110,8 @@ def _partial(function: Callable[..., Any], options: Mapping[str, Any]) -> Callab
     return functools.partial(function, **options) if options else function
 
 
-def _resolve(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The class or function behind a config, and its options."""
+def _resolve(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], dict[str, Any], Scale]:
+    """The class or function behind a config, its options and its scale."""
     where, options = f"objective {name!r}", dict(config.options)
     if ":" in config.function:
         function = _import(where, config.function)
@@ -94,7 +125,10 @@ def _resolve(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], di
             "(or a hub id, or package.module:attribute)"
         )
     _check_options(where, function, options)
-    return function, options
+    try:
+        return function, options, resolve(config.transform, declared_range(function))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _import(where: str, path: str) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class Specificity:
     ...     prompts=["I cannot sleep."], completions=["Lying awake wears you out."])
     [0.93]
     """
+
+    range: ClassVar = (0.0, 1.0)
 
     def __init__(
         self,

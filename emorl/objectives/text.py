@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from emorl.data import completion_text
 
@@ -37,6 +37,7 @@ class Length:
     """1 where the completion has `minimum` to `maximum` words; outside it falls linearly to 0, at no words and at twice
     the maximum."""
 
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     minimum: int = 5
     maximum: int = 40
 
@@ -57,6 +58,7 @@ class Length:
 class Repetition:
     """1 - share of word n-grams that repeat an earlier one; 1 where there are fewer than two."""
 
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     n: int = 3
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -66,6 +68,8 @@ class Repetition:
 @dataclass(frozen=True)
 class Distinct2:
     """Distinct word bigrams / word bigrams of the completion; 0 where it has no bigram."""
+
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return [_distinct_share(completion_text(completion), 2, empty=0.0) for completion in completions]

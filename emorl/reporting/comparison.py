@@ -22,7 +22,7 @@ from emorl.data import load_prompts
 from emorl.evaluation.pareto import front, hypervolume
 from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
 from emorl.experiment import Experiment
-from emorl.objectives.loading import load_objective
+from emorl.objectives.loading import load_objective, outside_range
 from emorl.policies.loading import load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
@@ -130,6 +130,8 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
                 evaluation.table.to_parquet(temporary, index=False)
             run = run.add_cost(evaluation.cost)
             bar.advance(1, system.name)
+    for line in outside_range(objectives):
+        progress.warn(line)
     return run
 
 

@@ -22,7 +22,7 @@ def print_front(result: Mapping[str, Any]) -> None:
     """The front of a search's `result.json`, best value first; * marks what the search chose."""
     first = result["best"]
     title = f"Front of the search ({result['proposer']}, {result['trials']} trials, value: {result['scalarize']})"
-    table = _table()
+    table = borderless_table()
     table.add_column("")
     for policy in first["weights"]:
         table.add_column(f"weight\n{policy}", justify="right", no_wrap=True)
@@ -34,8 +34,8 @@ def print_front(result: Mapping[str, Any]) -> None:
         numbers = [*point["weights"].values(), *point["scores"].values(), point["value"]]
         style = "bold" if point == first else ""
         table.add_row("*" if point == first else "", *(f"{number:.3f}" for number in numbers), style=style)
-    console = _console()
-    _print_whole(console, title, table)
+    console = wide_console()
+    print_whole(console, title, table)
     console.print(
         "* best. These are search scores on the validation prompts, maxima over noisy estimates and so too high;\n"
         "the comparison (`emorl evaluate`) scores what was chosen again on the test prompts."
@@ -49,15 +49,15 @@ def print_comparison(output: Path) -> None:
         UserError: the comparison has not finished.
     """
     results = read_results(output)
-    console = _console()
+    console = wide_console()
     title = f"Comparison on {results.test_prompts} test prompts (score ± standard error, higher is better)"
-    _print_whole(console, title, _systems_table(results))
+    print_whole(console, title, _systems_table(results))
     for line in _notes(results):
         console.print(line)
-    _print_whole(console, "Hypervolume on the test prompts (larger is better)", _hypervolume_table(results.indicators))
+    print_whole(console, "Hypervolume on the test prompts (larger is better)", _hypervolume_table(results.indicators))
     reference = ", ".join(f"{name} {value:.3f}" for name, value in results.indicators["reference_point"].items())
     console.print(f"reference point {reference}; direction: {results.indicators['direction']}")
-    _print_whole(console, "Cost", _cost_rows(results.costs))
+    print_whole(console, "Cost", _cost_rows(results.costs))
     _print_samples(console, results)
 
 
@@ -104,7 +104,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _systems_table(results: Results) -> Table:
-    table = _table()
+    table = borderless_table()
     table.add_column("")
     table.add_column("system", min_width=18)
     for name in [*results.objectives, "mean"]:
@@ -137,7 +137,7 @@ def _notes(results: Results) -> Iterator[str]:
 
 
 def _hypervolume_table(indicators: Mapping[str, Any]) -> Table:
-    table = _table()
+    table = borderless_table()
     table.add_column("what each offers")
     table.add_column("hypervolume", justify="right", no_wrap=True)
     for group, volume in indicators["hypervolume"].items():
@@ -146,7 +146,7 @@ def _hypervolume_table(indicators: Mapping[str, Any]) -> Table:
 
 
 def _cost_rows(costs: pd.DataFrame) -> Table:
-    table = _table()
+    table = borderless_table()
     table.add_column("stage")
     for column in costs.columns:
         table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
@@ -165,29 +165,29 @@ def _shown(results: Results) -> list[str]:
 def _print_samples(console: Console, results: Results) -> None:
     samples = generations(results.completions, _shown(results), _SAMPLE_PROMPTS)
     for (index, prompt), row in zip(samples.index, _rows(samples), strict=True):
-        table = _table()
+        table = borderless_table()
         table.add_column("prompt", no_wrap=True)
         table.add_column(escape(prompt), header_style="")
         for system, completion in row.items():
             table.add_row(escape(str(system)), escape(completion))
-        _print_whole(console, f"Test prompt {index + 1}", table)
+        print_whole(console, f"Test prompt {index + 1}", table)
 
 
-def _table() -> Table:
-    """Number columns hold no blanks and are `no_wrap`: rich then never breaks or cuts them, see `_print_whole`."""
+def borderless_table() -> Table:
+    """Number columns hold no blanks and are `no_wrap`: rich then never breaks or cuts them, see `print_whole`."""
     return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
-def _console(at_least: int = 0) -> Console:
+def wide_console(at_least: int = 0) -> Console:
     """Standard output as it is now; wide enough for whole tables where it is a file or a pipe."""
     console = Console(highlight=False, emoji=False)
     console.width = max(at_least, console.width if console.is_terminal else _FILE_WIDTH)
     return console
 
 
-def _print_whole(console: Console, title: str, table: Table) -> None:
+def print_whole(console: Console, title: str, table: Table) -> None:
     """Prints the table, wider than the terminal rather than with numbers cut off."""
     console.print()
     console.print(title, style="bold")
     needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
-    _console(needed).print(table)
+    wide_console(needed).print(table)

@@ -54,7 +54,7 @@ class WeightEvaluator:
         memo: ScoreMemo,
     ) -> None:
         """`value` ranks candidates in a race; the other arguments are those of the experiment."""
-        self._ensemble, self._base, self._data, self._objectives = ensemble, base, data, objectives
+        self._ensemble, self._base, self._data, self.objectives = ensemble, base, data, objectives
         self._space, self._search, self._generation, self._seed = space, search, generation, seed
         self._value, self._memo = value, memo
         self._prompts = list(data["prompt"])
@@ -114,7 +114,7 @@ class WeightEvaluator:
 
     def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
         vectors = torch.tensor([self._space.vector(candidate) for candidate in candidates])  # (C, K)
-        names = [objective.name for objective in self._objectives]
+        names = [objective.name for objective in self.objectives]
         rounds = [len(self._data)] if self._search.race is None else blocks(len(self._data), self._search.race_prompts)
         scores = np.full((len(candidates), len(self._data), len(names)), np.nan)
         costs = [{"prompts": 0, "completions": 0, "tokens": 0, "reward_calls": 0, "seconds": 0.0} for _ in candidates]
@@ -123,7 +123,7 @@ class WeightEvaluator:
             if len(racing) == 0:  # the best of an earlier batch has won
                 break
             start, scored_before = time.perf_counter(), self._memo.scored
-            table = score(self._complete(vectors[racing], range(seen, upto)), self._data, self._objectives, self._memo)
+            table = score(self._complete(vectors[racing], range(seen, upto)), self._data, self.objectives, self._memo)
             calls = self._memo.scored - scored_before
             for index, candidate in enumerate(racing):
                 rows = table[table["candidate"] == index]
@@ -158,7 +158,7 @@ class WeightEvaluator:
 
     def _scored(self, scores: np.ndarray, cost: Mapping[str, Any]) -> Scored:
         """The trial of scores (P, O), of which `cost["prompts"]` rows are known."""
-        names = [objective.name for objective in self._objectives]
+        names = [objective.name for objective in self.objectives]
         seen = cost["prompts"]
         rows = pd.DataFrame(scores[:seen], columns=names).assign(prompt_index=range(seen))
         means, errors = mean_and_error(rows, names)

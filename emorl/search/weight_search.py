@@ -20,7 +20,7 @@ from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.pareto import front
 from emorl.evaluation.scoring import check_generation
 from emorl.experiment import Experiment, SearchConfig
-from emorl.objectives.loading import check_objectives
+from emorl.objectives.loading import check_objectives, outside_range
 from emorl.objectives.scalarize import importance_of, scalarize
 from emorl.progress import Progress, Silent
 from emorl.runs import Cost, open_run, read_json, write_json, written_whole
@@ -91,6 +91,8 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
             on_finished=on_finished,
         )
     progress.say(f"search: {evaluator.describe_work()}")
+    for line in outside_range(evaluator.objectives):
+        progress.warn(line)
     room = budget.room(finished)
     spent = room is not None and room < 1
     if spent:

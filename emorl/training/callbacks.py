@@ -122,7 +122,8 @@ class CostCallback(TrainerCallback):
 
 
 class RewardCounter:
-    """The objective as TRL's reward function, counting what it scores; all processes of a distributed run are counted."""
+    """The objective's rewards (of log scores where its scale says so) as TRL's reward function, counting what is scored; all
+    processes of a distributed run are counted."""
 
     def __init__(self, objective: Objective, cost: CostCallback) -> None:
         self.__name__ = objective.name
@@ -140,14 +141,16 @@ class RewardCounter:
                 reward_calls=len(completions) * processes,
             )
         )
-        return self._objective(prompts, completions, completion_ids=completion_ids, **columns)
+        scores = self._objective(prompts, completions, completion_ids=completion_ids, **columns)
+        return self._objective.rewards(scores)
 
 
 class ProgressCallback(TrainerCallback):
-    """Moves a progress bar with the newest training and validation rewards."""
+    """Moves a progress bar with the newest training reward (of logs: their mean) and validation reward."""
 
-    def __init__(self, bar: Bar) -> None:
+    def __init__(self, bar: Bar, log: bool = False) -> None:
         self._bar = bar
+        self._name = "log reward" if log else "reward"
         self._shown = 0
         self._validation = math.nan
 
@@ -161,6 +164,6 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self._validation = (logs or {}).get("eval_reward", self._validation)
         if logs and "reward" in logs:
-            note = f"reward {logs['reward']:.3f}  validation {self._validation:.3f}"
+            note = f"{self._name} {logs['reward']:.3f}  validation {self._validation:.3f}"
             self._bar.advance(state.global_step - self._shown, note)
             self._shown = state.global_step

@@ -1,9 +1,9 @@
 """Train stage: one LoRA policy for one objective, by TRL's GRPO (`emorl train experiment.yaml --objective NAME`).
 
 Departures from EMORL (arXiv 2505.02579), whose authors use self-critical sequence training on T5 without an effective
-KL term: TRL's GRPO with `beta` > 0; validation decodes as the policy will be used (the experiment's `generation`), and the
-best checkpoint that has not collapsed is kept instead of the last. Every process of a distributed run validates all
-validation prompts: they are few, and so all processes take the same decision.
+KL term: TRL's GRPO with `beta` > 0, and the KL it leads to is measured at every validation; validation decodes as the policy
+will be used (the experiment's `generation`), and the best checkpoint that has not collapsed is kept instead of the last. Every
+process of a distributed run validates all validation prompts: they are few, and so all processes take the same decision.
 """
 
 import dataclasses
@@ -25,12 +25,13 @@ from emorl.config import UserError, as_mapping, check_keys, nearest
 from emorl.data import load_prompts
 from emorl.evaluation.scoring import check_generation, evaluate, summarize
 from emorl.experiment import Experiment
-from emorl.objectives.loading import Objective, check_objectives, load_objective
+from emorl.objectives.loading import Objective, check_objectives, load_objective, outside_range
 from emorl.policies.adapters import base_fingerprint
 from emorl.policies.loading import load_base, load_tokenizer
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import Run, only_process, open_run, write_json
+from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import (
     CollapseCallback,
     ConvergenceCallback,
@@ -42,6 +43,7 @@ from emorl.training.checkpoints import last_complete_checkpoint
 
 POLICY_DIRECTORY = "policy"
 CHECKPOINTS = "checkpoints"
+_BETA = 0.05  # paper's coefficient; its own KL term is identically zero
 _SET_BY_EMORL = {
     "output_dir": "output",
     "seed": "seed",
@@ -115,12 +117,14 @@ def _train_as(
         progress.say(f"policy {name}: trained before, in {path}")
         return path
     progress.say(f"policy {name}: training with GRPO, at most {grpo.max_steps} steps")
+    if grpo.beta == 0:
+        progress.warn(f"train.grpo.beta is 0: nothing holds policy {name} near the base (default {_BETA})")
     cost = CostCallback(run)
     trainer = _build_trainer(experiment, name, grpo, lora, cost)
     checkpoint = last_complete_checkpoint(path / CHECKPOINTS)
     trainer.args.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     with progress.bar(f"train {name}", grpo.max_steps) as bar:
-        trainer.add_callback(ProgressCallback(bar))
+        trainer.add_callback(ProgressCallback(bar, log=trainer.objective.scale.log))
         trainer.train(resume_from_checkpoint=checkpoint)
     report = _outcome(trainer, name)
     if run is not None:
@@ -128,6 +132,8 @@ def _train_as(
         write_json(path / "result.json", report)
         cost.flush()
         run.finish()
+    for line in outside_range([trainer.objective]):
+        progress.warn(line)
     if report["collapsed"]:
         progress.warn(
             f"policy {name} has collapsed: distinct completions {report['distinct_share']:.2f}, "
@@ -152,7 +158,7 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
         "lr_scheduler_type": "constant",  # paper
         "max_grad_norm": 2.0,  # paper
         "max_steps": steps,
-        "beta": 0.05,  # paper's coefficient; its own KL term is identically zero
+        "beta": _BETA,
         "max_completion_length": experiment.generation.get("max_new_tokens", 64),
         "eval_steps": eval_steps,
         "save_steps": eval_steps,
@@ -179,9 +185,12 @@ def _grpo_config(experiment: Experiment, name: str) -> GRPOConfig:
         "save_strategy": "steps",
     }
     try:
-        return GRPOConfig(**{**defaults, **block, "eval_steps": eval_steps, **fixed})
+        grpo = GRPOConfig(**{**defaults, **block, "eval_steps": eval_steps, **fixed})
     except (ValueError, TypeError) as error:
         raise UserError(f"train.grpo: {' '.join(str(error).split())}") from None
+    if not isinstance(grpo.beta, (int, float)) or grpo.beta < 0:
+        raise UserError(f"train.grpo.beta: expected a number of at least 0, got {grpo.beta!r:.60}")
+    return grpo
 
 
 def _lora_config(experiment: Experiment) -> LoraConfig:
@@ -207,7 +216,8 @@ class PolicyTrainer(GRPOTrainer):
         self._validation_data: Any = self.eval_dataset
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Decodes the validation prompts; metrics `eval_reward`, `eval_distinct_share`, `eval_distinct_2`, `eval_words`."""
+        """Decodes the validation prompts; metrics `eval_reward` (mean score, also where training maximises its log),
+        `eval_kl`, `eval_distinct_share`, `eval_distinct_2`, `eval_words`."""
         start, training = time.perf_counter(), self._policy.training
         self._policy.eval()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
@@ -215,9 +225,12 @@ class PolicyTrainer(GRPOTrainer):
                 model, self._tokenizer, self._validation_data, [self.objective], self._validation_generation,
                 seed=self.args.seed,
             )  # fmt: skip
+            prompts = [self._validation_data["prompt"][index] for index in result.table["prompt_index"]]
+            kl = kl_to_base(model, self._tokenizer, prompts, result.table["completion"].tolist())
         summary = summarize(result.table, [self.objective.name])
         metrics = {f"{metric_key_prefix}_{key}": summary[key] for key in ("distinct_share", "distinct_2", "words")}
         metrics[f"{metric_key_prefix}_reward"] = summary[self.objective.name]
+        metrics[f"{metric_key_prefix}_kl"] = kl
         metrics[f"{metric_key_prefix}_completions"] = len(result.table)
         metrics[f"{metric_key_prefix}_tokens"] = int(result.table["tokens"].sum())
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
@@ -259,7 +272,9 @@ def _build_trainer(experiment: Experiment, name: str, grpo: GRPOConfig, lora: Lo
 
 
 def _outcome(trainer: PolicyTrainer, name: str) -> dict[str, Any]:
-    """How training ended, from the logged validations."""
+    """How training ended, from the logged validations. Rewards are mean scores, `kl` is the kept policy's KL to the base in
+    nats per token of its validation answers; in `log`, TRL's own `reward` is what it maximised. Scores outside the
+    range are those of this process since its start."""
     validations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     best_step = trainer.state.best_global_step or trainer.state.global_step
     best = next((entry for entry in reversed(validations) if entry["step"] == best_step), validations[-1])
@@ -274,6 +289,9 @@ def _outcome(trainer: PolicyTrainer, name: str) -> dict[str, Any]:
         ),
         "base_reward": first["eval_reward"],
         "reward": best["eval_reward"],
+        "kl": best.get("eval_kl"),  # a run of an earlier version may be resumed
+        "scale": str(trainer.objective.scale),
+        "scores_outside_range": trainer.objective.outside,
         "base_distinct_share": first["eval_distinct_share"],
         "distinct_share": best["eval_distinct_share"],
         "words": best["eval_words"],

@@ -1,7 +1,7 @@
 """The empathy objective: one EPITOME mechanism, or all three combined and guarded."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from emorl.objectives import Classifier
 from reward_models.guarded import Guarded
@@ -19,13 +19,13 @@ class Empathy:
         bank: as in `Guarded`, for `combined`.
     """
 
-    range = (0.0, 1.0)
+    range: ClassVar = (0.0, 1.0)
 
     def __init__(self, model: str, mechanism: str = "combined", bank: str | None = None) -> None:
         if mechanism not in (*MECHANISMS, "combined"):
             raise ValueError(f"empathy: expected mechanism combined, {', '.join(MECHANISMS)}; got {mechanism!r}")
         if mechanism == "combined":
-            self._score: Any = Guarded(model, labels=MECHANISMS, share=0.5, bank=bank)
+            self._score: Any = Guarded(model, labels=MECHANISMS, factor=1.5, bank=bank)
         else:
             self._score = Classifier(model, label=mechanism)
 

@@ -10,6 +10,7 @@ import pytest
 from emorl.config import UserError
 from emorl.evaluation.memo import ScoreMemo
 from emorl.objectives.loading import Objective
+from emorl.objectives.scale import Scale
 
 
 def counting(name="length"):
@@ -56,6 +57,15 @@ def test_objectives_prompts_and_columns_are_told_apart():
         memo.score(first, [chat], [[{"role": "assistant", "content": "text"}]], {"topic": [1]})
         memo.score(first, ["p"], ["text"], {"topic": [1]})
     assert (len(one), len(other)) == (3, 1)
+
+
+def test_scores_of_another_scale_are_not_taken_for_known(tmp_path):
+    objective, asked = counting()
+    halved = Objective(objective.name, objective, Scale(range=(0.0, 8.0)))
+    for one, expected in ((objective, [4.0]), (halved, [0.5]), (objective, [4.0]), (halved, [0.5])):
+        with ScoreMemo(tmp_path / "scores.sqlite") as memo:
+            assert memo.score(one, ["p"], ["long"], {}) == expected
+    assert len(asked) == 2
 
 
 def test_thousands_of_texts_in_one_call():

@@ -1,16 +1,25 @@
 """Objectives that run a model, on random tiny models saved and loaded as any hub id would be."""
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from emorl.objectives.batching import longest_input, score_in_batches
 from emorl.objectives.classifier import Classifier
 from emorl.objectives.likelihood import Likelihood
 
 COUNSELLOR = Path(__file__).parents[3] / "shared" / "models" / "counsel-3m"
+
+
+def encoder_tokenizer(tokenizer):
+    """Encoders have no chat template: prompt and completion are a pair of segments."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    return plain
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +33,7 @@ def save_classifier(tmp_path_factory, tokenizer):
             initializer_range=0.5,
         )  # fmt: skip
         BertForSequenceClassification(config).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        encoder_tokenizer(tokenizer).save_pretrained(directory)
         return str(directory)
 
     return save
@@ -156,6 +165,60 @@ def test_degenerate_text_scores_below_fluent_text_on_a_real_model():
     ]  # fmt: skip
     fluent, *others = fluency([prompt] * 11, ["It is hard to quit when your husband smokes around you.", *degenerate])
     assert max(others) < fluent
+
+
+LONG = "It is hard to sleep. " * 1200  # about 5,000 words
+
+
+def test_likelihood_cuts_what_its_model_has_no_positions_for_and_says_so_once(make_causal_model, tokenizer, tmp_path, caplog):
+    make_causal_model("gpt2", n_positions=64).save_pretrained(tmp_path)  # learned positions: there is nothing behind the last
+    tokenizer.save_pretrained(tmp_path)
+    objective = Likelihood(str(tmp_path), scale="inverse")
+    scores = objective(["Hello"] * 2 + [LONG] * 2, ["It is hard.", LONG, "It is hard.", LONG])
+    assert all(0 < score < 1 for score in scores)
+    assert caplog.text.count("a text longer than the model's 64 positions was cut") == 1
+    before, after = (tokenizer(text)["input_ids"] for text in ("<|user|>Hello<|end|><|assistant|>", LONG))
+    assert objective._cut(before, after) == (before, after[: 64 - len(before)])
+    prompt, completion = objective._cut(after, after[:20])
+    assert (prompt, completion) == (after[-44:], after[:20])  # the end of the prompt, all of the completion
+    assert tuple(map(len, objective._cut(after, after))) == (16, 48)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_classifier_cuts_what_its_model_has_no_positions_for_and_says_so_once(family, tokenizer, tmp_path, caplog):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"max_position_embeddings": 64, "id2label": {0: "quality"}, "label2id": {"quality": 0}, "pad_token_id": 0}
+    if family == "roberta":
+        sizes |= {"pad_token_id": 1, "max_position_embeddings": 66}  # its first position is 2
+    AutoModelForSequenceClassification.from_config(CONFIG_MAPPING[family](**sizes)).save_pretrained(tmp_path)
+    unlimited = encoder_tokenizer(tokenizer)
+    unlimited.model_max_length = 10**30
+    unlimited.save_pretrained(tmp_path)
+    objective = Classifier(str(tmp_path), batch_size=2)
+    assert longest_input(objective._model) == 64
+    short = objective(["Hello"], ["It is hard."])
+    assert caplog.text == ""
+    scores = objective(["Hello"] * 2 + [LONG] * 2, ["It is hard.", LONG, "It is hard.", LONG])
+    assert scores[0] == pytest.approx(short[0], abs=1e-6)
+    assert scores[1] == pytest.approx(objective(["Hello"], [LONG[:200]])[0], abs=1e-6)
+    assert scores[3] == pytest.approx(objective([LONG[:200]], [LONG[:200]])[0], abs=1e-6)
+    assert caplog.text.count("longer than the model's 64 tokens was cut") == 1
+
+
+def test_batches_hold_few_long_texts_and_all_of_them():
+    sizes = []
+
+    def count(batch):
+        sizes.append(len(batch))
+        return [float(len(completion)) for _, completion in batch]
+
+    texts = ["x" * length for length in (50_000, 3, 20_000, 1, 20_001, 2, 30_000, 100_000)]
+    assert score_in_batches([("", text) for text in texts], count, 64) == [len(text) for text in texts]
+    assert sizes == [3, 2, 1, 1, 1]
+    sizes.clear()
+    score_in_batches([("", "x" * length) for length in range(1, 10)], count, 4)
+    assert sizes == [4, 4, 1]
 
 
 @pytest.mark.parametrize(

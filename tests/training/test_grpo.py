@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,18 @@ import pytest
 from safetensors.torch import load_file
 
 from emorl.config import UserError, to_yaml
-from emorl.experiment import BaseConfig, CollapseConfig, ConvergenceConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.experiment import (
+    BaseConfig,
+    CollapseConfig,
+    ConvergenceConfig,
+    DataConfig,
+    Experiment,
+    ObjectiveConfig,
+    TrainConfig,
+    TransformConfig,
+)
 from emorl.policies.adapters import read_adapter
+from emorl.progress import Silent
 from emorl.training.grpo import policy_directories, train
 
 pytestmark = [
@@ -29,8 +41,21 @@ def e_share(prompts, completions, **columns):
     return [text.count("e") / max(1, len(text)) for text in (completion[0]["content"] for completion in completions)]
 
 
+def variety(prompts, completions, **columns):
+    """Share of distinct letters, which the base has already."""
+    return [len(set(text)) / max(1, len(text)) for text in (completion[0]["content"] for completion in completions)]
+
+
 def broken(prompts, completions, **columns):
     return [float("nan")] * len(completions)
+
+
+class Listener(Silent):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, line):
+        self.warnings.append(line)
 
 
 @pytest.fixture
@@ -88,6 +113,37 @@ def test_the_same_seed_gives_the_same_policy_and_a_finished_run_is_skipped(exper
     written = (one / "policy" / "adapter_model.safetensors").stat().st_mtime_ns
     assert train(experiment(output="a"), "letters") == one
     assert (one / "policy" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def with_transform(experiment, function="e_share", **transform):
+    letters = ObjectiveConfig(function=f"{__name__}:{function}", transform=TransformConfig(**transform))
+    return dataclasses.replace(experiment, objectives={"letters": letters})
+
+
+def test_training_maximises_the_log_while_validation_and_result_report_the_score(experiment):
+    plain, logged = (with_transform(experiment(output=str(log)), "variety", range=(0, 2), log=log) for log in (False, True))
+    results = [json.loads((train(one, "letters") / "result.json").read_text()) for one in (plain, logged)]
+    assert 0 < results[0]["base_reward"] <= 0.5  # half of a share
+    assert results[1]["base_reward"] == pytest.approx(results[0]["base_reward"], abs=1e-4)  # the same greedy texts
+    assert results[1]["scale"].endswith("clipped to [0.0001, 0.9999]; training reward log(score)")
+    first = [next(entry["reward"] for entry in result["log"] if "reward" in entry) for result in results]
+    assert first[0] > 0 > first[1] > math.log(1e-4)
+    assert first[1] < math.log(first[0])  # a mean of logs
+
+
+def test_another_transform_is_another_run(experiment):
+    train(experiment(steps=2), "letters")
+    with pytest.raises(UserError, match=r"holds a run with other settings \(objective.letters.transform: None -> "):
+        train(with_transform(experiment(steps=2), range=(0, 0.5)), "letters")
+
+
+def test_scores_outside_the_range_are_reported_at_the_end(experiment):
+    listener = Listener()
+    path = train(with_transform(experiment(steps=2), range=(0.5, 0.6)), "letters", listener)
+    result = json.loads((path / "result.json").read_text())
+    (line,) = listener.warnings
+    assert re.match(r"objective 'letters': \d+ of 40 raw scores were outside its range \[0.5, 0.6\] and were clipped", line)
+    assert result["scores_outside_range"] > 0
 
 
 def test_an_objective_added_later_trains_alone(experiment):
