@@ -285,7 +285,8 @@ def _last_complete_checkpoint(directory: Path) -> str | None:
 
 def _outcome(trainer: PolicyTrainer, name: str) -> dict[str, Any]:
     """How training ended, from the logged validations. Rewards are mean scores, `kl` is the kept policy's KL to the base in
-    nats per token of its validation answers; in `log`, TRL's own `reward` is what it maximised. Scores outside the range are those of this process since its start."""
+    nats per token of its validation answers; in `log`, TRL's own `reward` is what it maximised. Scores outside the
+    range are those of this process since its start."""
     validations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     best_step = trainer.state.best_global_step or trainer.state.global_step
     best = next((entry for entry in reversed(validations) if entry["step"] == best_step), validations[-1])
