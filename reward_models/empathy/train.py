@@ -69,7 +69,7 @@ def rows_of(pairs: Sequence[Pair], data: EmpathyData, seed: int) -> list[dict[st
     return [
         {"prompt": short.prompt, "response": short.response, **ratings, "group": pair.group, "kind": pair.kind}
         for pair, ratings in shuffled([rows], rng)
-        for short in [cut(pair)]
+        for short in [cut(pair, prompt_words=40, response_words=130)]
     ]
 
 
@@ -107,7 +107,7 @@ def main(arguments: argparse.Namespace) -> None:
         "`reward_models.empathy.objective:Empathy` combines them.",
         "loss": "regression",
         "data": {"labels": list(MECHANISMS), "label_range": (0, HIGHEST_RATING)},
-        "max_tokens": 160,
+        "max_tokens": 224,
         "frozen_layers": 1,
         "model_options": FAST_ON_CPU,
         "training": {**TRAINING, "num_train_epochs": 6, "per_device_train_batch_size": 32},

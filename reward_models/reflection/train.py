@@ -97,13 +97,13 @@ def read_data(folder: Path, seed: int) -> ReflectionData:
 def rows_of(pairs: Sequence[Pair], seed: int) -> list[dict[str, Any]]:
     """The labelled pairs and what the classifier has to refuse, as rows of a ranking in groups.
 
-    PAIR is compared inside a prompt; AnnoMI's turns in chunks of similar length.
+    PAIR is compared inside a prompt; AnnoMI's turns in chunks of any dialogues.
     """
     rng = random.Random(seed)
     pairs = [cut(pair) for pair in pairs]
     graded = [pair for pair in pairs if pair.group.startswith("pair")]
     own = [pair for pair in graded if pair.target > 0]
-    annomi = sorted((p for p in pairs if not p.group.startswith("pair")), key=lambda p: (len(p.response), p.response))
+    annomi = shuffled([[pair for pair in pairs if not pair.group.startswith("pair")]], rng)
     parts = [
         graded,
         [replace(pair, group=f"annomi chunk {number // CHUNK}") for number, pair in enumerate(annomi)],
@@ -155,11 +155,12 @@ def main(arguments: argparse.Namespace) -> None:
     settings = {
         "description": "How far a response reflects what this client said: complex reflection 1, simple 0.5, anything else 0.",
         "loss": "ranking",
+        "pointwise": 2.0,
         "data": {"labels": ["grade"]},
         "max_tokens": 160,
-        "frozen_layers": 2,
+        "frozen_layers": 1,
         "model_options": FAST_ON_CPU,
-        "training": TRAINING,
+        "training": {**TRAINING, "num_train_epochs": 5},
     }
     folder = train_rows(arguments, rows, settings)
     bank = sorted({pair.prompt for pair in data.training if pair.group.startswith("pair")})

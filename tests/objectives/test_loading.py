@@ -7,6 +7,7 @@ import torch
 from emorl.config import UserError
 from emorl.experiment import ObjectiveConfig
 from emorl.objectives import REGISTRY
+from emorl.objectives.catalogue import catalogue
 from emorl.objectives.loading import Objective, check_objectives, load_objective
 
 
@@ -26,7 +27,7 @@ def by_column(prompts, completions, topic, bonus=0.0, **columns):
     return [len(value) + bonus for value in topic]
 
 
-@pytest.mark.parametrize("name", [name for name, entry in REGISTRY.items() if name not in ("classifier", "likelihood")])
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue() if not entry.needs])
 def test_every_rule_scores_texts_and_conversations_alike_in_its_range(name):
     objective = load_objective(name, config(name))
     texts = ["", "a", "a b a b a b", "word " * 100]

@@ -85,7 +85,7 @@ def test_it_learns_the_order_and_the_level_of_grades(make, loss):
 
 
 def test_a_classifier_of_named_classes(make):
-    run = train_reward(make("classification", "name"))
+    run = train_reward(make("classification", "name", training={**TRAINING, "num_train_epochs": 40}))
     assert read_figures(run)["accuracy"] == 1.0
     great = graded_scores(run / "model", "great")
     assert great[0] > 0.8 > 0.2 > max(great[1:])
