@@ -61,10 +61,22 @@ class Likelihood:
             return max(0.0, 1.0 - math.exp(min(nll, 50.0)) / self._ceiling)
         return math.exp(-nll / self._temperature)
 
-    @torch.no_grad()
     def negative_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Mean negative log-likelihood per completion token, in nats, of each (prompt, completion)."""
-        rows = [self._encode(prompt, completion) for prompt, completion in pairs]
+        return self._mean_nlls([self._encode(prompt, completion) for prompt, completion in pairs])
+
+    def concatenated_negative_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """As EMORL's authors measure it: per token of prompt and completion as one text, all but its first token.
+
+        Their ids follow each other without chat format, space or end token, cut at the tokenizer's longest input. This
+        mostly scores the prompt; it is here to compare with the paper.
+        """
+        rows = [self._tokenizer(*pair, truncation=True)["input_ids"] for pair in pairs]
+        return self._mean_nlls([(row[:1], row[1:]) for row in rows])
+
+    @torch.no_grad()
+    def _mean_nlls(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Mean negative log-likelihood of each row's second ids after its first ones."""
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids = torch.full((len(rows), length), 0)  # (B, T), padded right: causal, so padding changes nothing before it
         scored = torch.zeros((len(rows), length), dtype=torch.bool)

@@ -42,6 +42,7 @@ from emorl.training.callbacks import (
 
 POLICY_DIRECTORY = "policy"
 CHECKPOINTS = "checkpoints"
+_VALIDATED = ("distinct_share", "distinct_2", "words", "repeated_trigrams")  # beside the reward
 _SET_BY_EMORL = {
     "output_dir": "output",
     "seed": "seed",
@@ -210,7 +211,7 @@ class PolicyTrainer(GRPOTrainer):
         self._validation_data: Any = self.eval_dataset
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Decodes the validation prompts; metrics `eval_reward`, `eval_distinct_share`, `eval_distinct_2`, `eval_words`."""
+        """Decodes the validation prompts; metrics `eval_reward` and `eval_` before what `_VALIDATED` names."""
         start, training = time.perf_counter(), self._policy.training
         self._policy.eval()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
@@ -219,7 +220,7 @@ class PolicyTrainer(GRPOTrainer):
                 seed=self.args.seed,
             )  # fmt: skip
         summary = summarize(result.table, [self.objective.name])
-        metrics = {f"{metric_key_prefix}_{key}": summary[key] for key in ("distinct_share", "distinct_2", "words")}
+        metrics = {f"{metric_key_prefix}_{key}": summary[key] for key in _VALIDATED}
         metrics[f"{metric_key_prefix}_reward"] = summary[self.objective.name]
         metrics[f"{metric_key_prefix}_completions"] = len(result.table)
         metrics[f"{metric_key_prefix}_tokens"] = int(result.table["tokens"].sum())
