@@ -2,10 +2,12 @@
 (`emorl evaluate experiment.yaml`).
 
 Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
-its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488).
+its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488). Then the objectives themselves
+are attacked (evaluation/hacking.py).
 """
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,21 +16,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, ParameterAverage
-from emorl.config import UserError, as_mapping
-from emorl.data import load_prompts
+from emorl.config import UserError, as_mapping, nearest
+from emorl.data import Splits, load_prompts
+from emorl.evaluation.hacking import References, Score, check_objective, sameness
 from emorl.evaluation.pareto import front, hypervolume
-from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
+from emorl.evaluation.perplexity import load_language_model, with_perplexity
+from emorl.evaluation.scoring import check_generation, cost_of, evaluate, score, summarize
 from emorl.experiment import Experiment
-from emorl.objectives.loading import load_objective
+from emorl.objectives.loading import Objective, load_objective
 from emorl.policies.loading import load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
-from emorl.runs import Run, only_process, open_run, write_json, written_whole
+from emorl.reporting.results import BASE, without_nan
+from emorl.runs import Cost, Run, only_process, open_run, read_json, write_json, written_whole
 from emorl.search.weight_search import read_result
 from emorl.training.grpo import policy_directories
+
+_ATTACKS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -43,26 +51,37 @@ class System:
 def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     """Scores all systems on the test prompts; returns the run directory.
 
-    It holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system) and
-    `result.json` (systems, hypervolumes with their reference point). Systems scored before an interruption are kept.
+    It holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system),
+    `result.json` (systems, hypervolumes with their reference point) and `hacking.json` (the attacks on the objectives).
+    Systems scored before an interruption are kept; a finished comparison gets attacks that it lacks.
     """
     progress = progress or Silent()
     check_generation(experiment.generation)
     path = experiment.output / "evaluate"
     found = read_result(experiment)
     systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)
-    identity = {**as_mapping(experiment), "systems": [asdict(system) for system in systems]}
-    identity.pop("output")
     with only_process(path):
-        run = open_run(path, "evaluate", identity)
-        if run.finished:
+        run = open_run(path, "evaluate", _identity(experiment, systems))
+        if run.finished and not _attacks_missing(experiment, path):
             progress.say(f"evaluate: finished before, in {path}")
             return path
         progress.say(f"evaluate: {len(systems)} systems on {experiment.data.test} test prompts")
         run = _score_missing(experiment, systems, run, progress)
         _write_tables(experiment, systems, path)
+        if _attacks_missing(experiment, path):
+            run = _attack(experiment, run, progress)
         run.finish()
     return path
+
+
+def _identity(experiment: Experiment, systems: Sequence[System]) -> dict[str, Any]:
+    """What the scores depend on; attacks change none of them."""
+    whole = as_mapping(experiment)
+    how = {key: value for key, value in whole["evaluate"].items() if key not in ("attacks", "references")}
+    if how["perplexity_model"] is None:
+        del how["perplexity_model"]  # runs from before this key are the same
+    whole.pop("output")
+    return {**whole, "evaluate": how, "systems": [asdict(system) for system in systems]}
 
 
 def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: int) -> list[System]:
@@ -71,7 +90,7 @@ def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: 
     chosen = _spread([[point["scores"][name] for name in objectives] for point in found["front"]], front_points)
     points = [found["front"][index]["weights"] for index in chosen]
     return [
-        System("base", "base", {}),
+        System(BASE, "base", {}),
         *(System(f"policy {name}", "policy", {other: float(other == name) for other in objectives}) for name in objectives),
         System("ensemble, equal weights", "ensemble", equal),
         System("ensemble, best found", "ensemble", best),
@@ -97,7 +116,9 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     missing = [system for system in systems if not _table_path(run.path, system).exists()]
     if not missing:
         return run
-    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    splits = _load_splits(experiment)
+    perplexity_model = experiment.evaluate.perplexity_model
+    language_model = load_language_model(perplexity_model) if perplexity_model else None
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
     base = load_base(experiment.base)
     adapters = read_policies(policy_directories(experiment), base)
@@ -126,11 +147,91 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
                 seed=experiment.seed,
                 per_prompt={"weights": vector.expand(len(splits.test), -1)} if system.weights else None,
             )
+            table = evaluation.table
+            if language_model is not None:
+                table = with_perplexity(table, language_model, experiment.evaluate.batch)
             with written_whole(_table_path(run.path, system)) as temporary:
-                evaluation.table.to_parquet(temporary, index=False)
+                table.to_parquet(temporary, index=False)
             run = run.add_cost(evaluation.cost)
             bar.advance(1, system.name)
     return run
+
+
+def _load_splits(experiment: Experiment) -> Splits:
+    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    column = experiment.evaluate.references
+    for part in (splits.train, splits.test):
+        if experiment.evaluate.attacks and column is not None and column not in part.column_names:
+            raise UserError(f"evaluate.references: the data has no column {column!r}; {nearest(column, part.column_names)}")
+    return splits
+
+
+def _attacks_missing(experiment: Experiment, path: Path) -> bool:
+    """Whether attacks are wanted that were not made, or against other references."""
+    found = path / "hacking.json"
+    wanted = experiment.evaluate
+    return wanted.attacks and (not found.exists() or read_json(found)["references"] != wanted.references)
+
+
+def _attack(experiment: Experiment, run: Run, progress: Progress) -> Run:
+    """Writes `hacking.json`: each objective under attack, and how alike each system's answers are."""
+    start = time.perf_counter()
+    splits = _load_splits(experiment)
+    references = _references(splits, experiment.evaluate.references)
+    completions = pd.read_parquet(run.path / "completions.parquet")
+    first = completions[completions["sample"] == completions["sample"].min()]
+    checks = []
+    with progress.bar("attack", len(experiment.objectives)) as bar:
+        for name, config in experiment.objectives.items():
+            scores = _scores_of_rows(load_objective(name, config), splits.test)
+            checks.append(check_objective(name, scores, completions, references, BASE, experiment.seed))
+            bar.advance(1, name)
+    content = {
+        "references": experiment.evaluate.references,
+        "objectives": [asdict(check) for check in checks],
+        "systems": {
+            name: asdict(sameness(texts.tolist())) for name, texts in first.groupby("system", sort=False)["completion"]
+        },
+    }
+    write_json(run.path / "hacking.json", without_nan(content))
+    return run.add_cost(Cost(reward_calls=sum(check.scored for check in checks), seconds=time.perf_counter() - start))
+
+
+def _references(splits: Splits, column: str | None) -> References:
+    if column is None:
+        return References()
+    of_prompts = {row: _texts(value, column) for row, value in enumerate(splits.test[column])}
+    return References(of_prompts, [text for value in splits.train[column] for text in _texts(value, column)])
+
+
+def _texts(value: Any, column: str) -> list[str]:
+    """One cell of the references' column: nothing, a text or a list of texts."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"evaluate.references: column {column!r} holds {value!r:.60}; expected a text or a list of texts")
+    return texts
+
+
+def _scores_of_rows(objective: Objective, data: Dataset) -> Score:
+    """The objective for responses to rows of the test data, in batches that an objective without its own can hold."""
+
+    def scores(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(rows), _ATTACKS_AT_ONCE):
+            here = slice(start, start + _ATTACKS_AT_ONCE)
+            part = pd.DataFrame({"prompt_index": rows[here], "completion": texts[here]})
+            try:
+                found += score(part, data, [objective])[objective.name].tolist()
+            except UserError:
+                raise
+            except Exception as error:  # whatever a reward function of the user's raises on a text it did not expect
+                raise UserError(
+                    f"objective {objective.name!r} cannot score the texts it is attacked with ({type(error).__name__}: "
+                    f"{error!s:.100}); a policy may write such texts too. Repair it, or set evaluate.attacks=false"
+                ) from error
+        return found
+
+    return scores
 
 
 def _table_path(path: Path, system: System) -> Path:
