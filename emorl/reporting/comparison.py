@@ -7,7 +7,6 @@ are attacked (evaluation/hacking.py).
 """
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,27 +15,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, ParameterAverage
-from emorl.config import UserError, as_mapping, nearest
-from emorl.data import Splits, load_prompts
-from emorl.evaluation.hacking import References, Score, check_objective, sameness
+from emorl.config import UserError, as_mapping
 from emorl.evaluation.pareto import front, hypervolume
 from emorl.evaluation.perplexity import load_language_model, with_perplexity
-from emorl.evaluation.scoring import check_generation, cost_of, evaluate, score, summarize
+from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
 from emorl.experiment import Experiment
-from emorl.objectives.loading import Objective, load_objective
-from emorl.policies.loading import load_base, load_tokenizer, read_policies
-from emorl.policies.prompts import is_chat
+from emorl.objectives.loading import load_objective
+from emorl.policies.loading import load_base, read_policies
 from emorl.progress import Progress, Silent
-from emorl.reporting.results import BASE, without_nan
-from emorl.runs import Cost, Run, only_process, open_run, read_json, write_json, written_whole
+from emorl.reporting.attacks import attack, attacks_missing, load_splits
+from emorl.reporting.results import BASE
+from emorl.runs import Run, only_process, open_run, write_json, written_whole
 from emorl.search.weight_search import read_result
 from emorl.training.grpo import policy_directories
-
-_ATTACKS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -62,14 +56,14 @@ def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)
     with only_process(path):
         run = open_run(path, "evaluate", _identity(experiment, systems))
-        if run.finished and not _attacks_missing(experiment, path):
+        if run.finished and not attacks_missing(experiment, path):
             progress.say(f"evaluate: finished before, in {path}")
             return path
         progress.say(f"evaluate: {len(systems)} systems on {experiment.data.test} test prompts")
         run = _score_missing(experiment, systems, run, progress)
         _write_tables(experiment, systems, path)
-        if _attacks_missing(experiment, path):
-            run = _attack(experiment, run, progress)
+        if attacks_missing(experiment, path):
+            run = attack(experiment, run, progress)
         run.finish()
     return path
 
@@ -116,7 +110,7 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     missing = [system for system in systems if not _table_path(run.path, system).exists()]
     if not missing:
         return run
-    splits = _load_splits(experiment)
+    splits = load_splits(experiment)
     perplexity_model = experiment.evaluate.perplexity_model
     language_model = load_language_model(perplexity_model) if perplexity_model else None
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
@@ -155,83 +149,6 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
             run = run.add_cost(evaluation.cost)
             bar.advance(1, system.name)
     return run
-
-
-def _load_splits(experiment: Experiment) -> Splits:
-    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
-    column = experiment.evaluate.references
-    for part in (splits.train, splits.test):
-        if experiment.evaluate.attacks and column is not None and column not in part.column_names:
-            raise UserError(f"evaluate.references: the data has no column {column!r}; {nearest(column, part.column_names)}")
-    return splits
-
-
-def _attacks_missing(experiment: Experiment, path: Path) -> bool:
-    """Whether attacks are wanted that were not made, or against other references."""
-    found = path / "hacking.json"
-    wanted = experiment.evaluate
-    return wanted.attacks and (not found.exists() or read_json(found)["references"] != wanted.references)
-
-
-def _attack(experiment: Experiment, run: Run, progress: Progress) -> Run:
-    """Writes `hacking.json`: each objective under attack, and how alike each system's answers are."""
-    start = time.perf_counter()
-    splits = _load_splits(experiment)
-    references = _references(splits, experiment.evaluate.references)
-    completions = pd.read_parquet(run.path / "completions.parquet")
-    first = completions[completions["sample"] == completions["sample"].min()]
-    checks = []
-    with progress.bar("attack", len(experiment.objectives)) as bar:
-        for name, config in experiment.objectives.items():
-            scores = _scores_of_rows(load_objective(name, config), splits.test)
-            checks.append(check_objective(name, scores, completions, references, BASE, experiment.seed))
-            bar.advance(1, name)
-    content = {
-        "references": experiment.evaluate.references,
-        "objectives": [asdict(check) for check in checks],
-        "systems": {
-            name: asdict(sameness(texts.tolist())) for name, texts in first.groupby("system", sort=False)["completion"]
-        },
-    }
-    write_json(run.path / "hacking.json", without_nan(content))
-    return run.add_cost(Cost(reward_calls=sum(check.scored for check in checks), seconds=time.perf_counter() - start))
-
-
-def _references(splits: Splits, column: str | None) -> References:
-    if column is None:
-        return References()
-    of_prompts = {row: _texts(value, column) for row, value in enumerate(splits.test[column])}
-    return References(of_prompts, [text for value in splits.train[column] for text in _texts(value, column)])
-
-
-def _texts(value: Any, column: str) -> list[str]:
-    """One cell of the references' column: nothing, a text or a list of texts."""
-    texts = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"evaluate.references: column {column!r} holds {value!r:.60}; expected a text or a list of texts")
-    return texts
-
-
-def _scores_of_rows(objective: Objective, data: Dataset) -> Score:
-    """The objective for responses to rows of the test data, in batches that an objective without its own can hold."""
-
-    def scores(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
-        found: list[float] = []
-        for start in range(0, len(rows), _ATTACKS_AT_ONCE):
-            here = slice(start, start + _ATTACKS_AT_ONCE)
-            part = pd.DataFrame({"prompt_index": rows[here], "completion": texts[here]})
-            try:
-                found += score(part, data, [objective])[objective.name].tolist()
-            except UserError:
-                raise
-            except Exception as error:  # whatever a reward function of the user's raises on a text it did not expect
-                raise UserError(
-                    f"objective {objective.name!r} cannot score the texts it is attacked with ({type(error).__name__}: "
-                    f"{error!s:.100}); a policy may write such texts too. Repair it, or set evaluate.attacks=false"
-                ) from error
-        return found
-
-    return scores
 
 
 def _table_path(path: Path, system: System) -> Path:

@@ -17,7 +17,7 @@ from emorl.reporting.results import BASE, BEST, METRICS, Results, generations, r
 
 _FILE_WIDTH = 120  # columns where the output is no terminal
 _SAMPLE_PROMPTS = 2
-_METRICS = {"distinct_2": "dist-2", "diversity_2": "div-2", "edit_rate": "edit", "words": "words", "perplexity": "ppl"}
+_METRICS = {"diversity_2": "div.\n2", "edit_rate": "edit\nrate", "words": "words", "perplexity": "ppl"}  # others: report, JSON
 
 
 def print_front(result: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ def _systems_table(results: Results) -> Table:
     for name in [*results.objectives, "mean"]:
         table.add_column(name, justify="right", no_wrap=True)
     shown = {key: title for key, title in _METRICS.items() if results.summary[key].notna().any()}
-    for name in ("min", "distinct\nshare", *shown.values()):
+    for name in ("min", "dist.\nshare", *shown.values()):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results.summary.to_dict("records"):
         name = escape(row["system"])
