@@ -6,6 +6,7 @@ The authors of EMORL (arXiv 2505.02579) take it of prompt and completion togethe
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,12 @@ PERPLEXITY = "perplexity"
 PAPER_PERPLEXITY = "paper_perplexity"
 _HIGHEST = 50.0  # nats per token: exp of it is finite
 _Pairs = Sequence[tuple[str, str]]
+
+
+def check_language_model(name: str | None) -> None:
+    """Refuses a folder that is not there, before anything is trained or loaded."""
+    if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"evaluate.perplexity_model {name!r} is not a folder")
 
 
 def load_language_model(name: str) -> Likelihood:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, ParameterAverage
 from emorl.config import UserError, as_mapping
 from emorl.evaluation.pareto import front, hypervolume
-from emorl.evaluation.perplexity import load_language_model, with_perplexity
+from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
 from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import load_objective
@@ -51,6 +51,7 @@ def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     """
     progress = progress or Silent()
     check_generation(experiment.generation)
+    check_language_model(experiment.evaluate.perplexity_model)
     path = experiment.output / "evaluate"
     found = read_result(experiment)
     systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)
