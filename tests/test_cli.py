@@ -124,6 +124,22 @@ def test_a_finished_comparison_gets_the_attacks_it_lacks_and_nothing_else(experi
     assert json.loads((copy / "evaluate" / "cost.json").read_text())["reward_calls"] == calls + spent
 
 
+def test_attacks_interrupted_after_one_objective_go_on_with_the_other(experiment, finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    path = copy / "evaluate" / "hacking.json"
+    whole = json.loads(path.read_text())
+    kept = {**whole["objectives"][0], "scored": -1}
+    path.write_text(json.dumps({**whole, "objectives": [kept]}))
+    content = json.loads(output_of(capsys, "evaluate", experiment, f"output={copy}", "--json"))
+    assert content["hacking"] == {**whole, "objectives": [kept, whole["objectives"][1]]}
+
+
+def test_training_logs_length_and_repetition_beside_the_reward(finished):
+    log = json.loads((finished / "train" / "vowels" / "result.json").read_text())["log"]
+    validations = [entry for entry in log if "eval_reward" in entry]
+    assert all(entry["eval_words"] >= 0 and 0 <= entry["eval_repeated_trigrams"] < 1 for entry in validations)
+
+
 def test_perplexity_under_a_configured_model_is_in_the_summary(experiment, finished, tmp_path, tiny_base_dir, capsys):
     copy = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("evaluate"))
     options = (

@@ -65,7 +65,7 @@ def attack(experiment: Experiment, run: Run, progress: Progress) -> Run:
     with progress.bar("attack", len(experiment.objectives), done=len(checks)) as bar:
         for name, config in missing.items():
             start = time.perf_counter()
-            scores = _scores_of_rows(load_objective(name, config), splits.test)
+            scores = scores_of_rows(load_objective(name, config), splits.test)
             check = check_objective(name, scores, completions, references, BASE, experiment.seed)
             checks = [*checks, asdict(check)]
             content = {"references": experiment.evaluate.references, "objectives": checks, "systems": systems}
@@ -90,7 +90,7 @@ def _texts(value: Any, column: str) -> list[str]:
     return texts
 
 
-def _scores_of_rows(objective: Objective, data: Dataset) -> Score:
+def scores_of_rows(objective: Objective, data: Dataset) -> Score:
     """The objective for responses to rows of the test data, in batches that an objective without its own can hold."""
 
     def scores(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
