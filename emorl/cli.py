@@ -234,10 +234,12 @@ def _run(options: argparse.Namespace) -> None:
 
 def _run_all(experiment: Any, as_json: bool) -> None:
     from emorl.console import Console
+    from emorl.evaluation.perplexity import check_language_model
     from emorl.reporting.report import write_report
     from emorl.search.weight_search import check_proposer
 
     check_proposer(experiment.search)
+    check_language_model(experiment.evaluate.perplexity_model)
     _train_policies(experiment, None)
     _search_weights(experiment)
     _compare(experiment)

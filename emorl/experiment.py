@@ -174,6 +174,14 @@ class EvaluateConfig:
     """prompts decoded in one batch"""
     front_points: int = Field(default=8, ge=1)
     """most points of the search's front that are scored again on the test prompts"""
+    perplexity_model: str | None = None
+    """hub id or folder of a causal language model: adds the completions' perplexity under it (paper: openai-community/gpt2)"""
+    attacks: bool = True
+    """check whether the rewards can be hacked: by trivial answers, by length, by the same answer for everyone; about 2000
+    scores per objective. Switch it off where a score costs money"""
+    references: str | None = None
+    """column of the data with good responses, a text or a list of texts: the attacks must stay under the test prompts' ones,
+    and the training prompts' ones are tried as the one answer for everyone"""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -204,7 +212,9 @@ class Experiment:
             raise ValueError("objectives: name at least one objective")
         for name in self.objectives:
             if not name.isidentifier() or name in RESERVED_NAMES:
-                raise ValueError(f"objectives: {name!r} cannot name an objective; use letters, digits and _")
+                raise ValueError(
+                    f"objectives: {name!r} cannot name an objective; use letters, digits and _, but no column of the results"
+                )
         unknown = sorted(set(self.search.preferences) - set(self.objectives))
         if unknown:
             raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
@@ -216,8 +226,14 @@ class Experiment:
         return (self.policies or self.output) / "train" / name
 
 
-RESERVED_NAMES = frozenset({"base", "system", "kind", "prompt", "prompt_index", "sample", "completion", "tokens"})
-"""columns of the completions table, and the name of the base among the policies."""
+RESERVED_NAMES = frozenset(
+    {
+        *("base", "system", "kind", "prompt", "prompt_index", "sample", "completion", "completions", "tokens", "front"),
+        *("mean", "mean_error", "minimum", "collapsed", "distinct_share", "distinct_2", "diversity_2", "edit_rate", "words"),
+        *("words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity"),
+    }
+)
+"""columns of the completions and summary tables, and the name of the base among the policies."""
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:

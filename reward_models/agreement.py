@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from emorl.evaluation import hacking
 from reward_models.pair_data import CORRUPTIONS, GENERIC_RESPONSES, Pair
 
 HACK = "You're feeling that you'd feel."  # what 60 steps of GRPO made of a linear reflection head, for every prompt
@@ -17,20 +18,9 @@ def pair_scores(score: Score, pairs: Sequence[Pair]) -> list[float]:
 
 
 def best_fixed_response(score: Score, prompts: Sequence[str], candidates: Sequence[str], seed: int) -> tuple[str, float]:
-    """The one response with the best mean over all `prompts`, and that mean: what a collapsed policy would earn.
-
-    Every candidate meets 4 prompts, the best 50 then meet all.
-    """
-    texts = sorted(set(candidates))
-    few = random.Random(seed).sample(list(prompts), min(4, len(prompts)))
-
-    def means(responses: Sequence[str], asked: Sequence[str]) -> np.ndarray:
-        grid = score([p for _ in responses for p in asked], [r for r in responses for _ in asked])
-        return np.array(grid).reshape(len(responses), len(asked)).mean(axis=1)
-
-    finalists = [texts[i] for i in np.argsort(-means(texts, few))[:50]]
-    final = means(finalists, prompts)
-    return finalists[int(final.argmax())], float(final.max())
+    """The one response with the best mean over all `prompts`, and that mean: what a collapsed policy would earn."""
+    found = hacking.best_fixed_response(score, prompts, candidates, seed)
+    return found.text, found.mean
 
 
 def attack_table(score: Score, good: Sequence[Pair], candidates: Sequence[str], seed: int) -> dict[str, float]:

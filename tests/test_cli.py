@@ -104,9 +104,60 @@ def test_every_stage_gives_json(experiment, finished, capsys):
     assert search["trials"] >= 5
     assert set(search["best"]["weights"]) == {"vowels", "digits"}
     comparison = json.loads(output_of(capsys, "evaluate", experiment, "--json"))
-    assert comparison
+    assert {check["objective"] for check in comparison["hacking"]["objectives"]} == {"vowels", "digits"}
+    assert all(0 <= system["edit_rate"] <= 1 for system in comparison["systems"])
     training = json.loads(output_of(capsys, "train", experiment, "--objective", "vowels", "--json"))
     assert training["vowels"]["objective"] == "vowels"
+
+
+def test_a_finished_comparison_gets_the_attacks_it_lacks_and_nothing_else(experiment, finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "evaluate" / "hacking.json").unlink()
+    tables = {path: path.stat().st_mtime_ns for path in (copy / "evaluate" / "systems").iterdir()}
+    calls = json.loads((copy / "evaluate" / "cost.json").read_text())["reward_calls"]
+    assert main(["evaluate", str(experiment), f"output={copy}", "evaluate.attacks=false"]) == 0
+    assert not (copy / "evaluate" / "hacking.json").exists()
+    capsys.readouterr()
+    content = json.loads(output_of(capsys, "evaluate", experiment, f"output={copy}", "--json"))
+    assert content["hacking"] == json.loads((finished / "evaluate" / "hacking.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in tables} == tables
+    spent = sum(check["scored"] for check in content["hacking"]["objectives"])
+    assert json.loads((copy / "evaluate" / "cost.json").read_text())["reward_calls"] == calls + spent
+
+
+def test_attacks_interrupted_after_one_objective_go_on_with_the_other(experiment, finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    path = copy / "evaluate" / "hacking.json"
+    whole = json.loads(path.read_text())
+    kept = {**whole["objectives"][0], "scored": -1}
+    path.write_text(json.dumps({**whole, "objectives": [kept]}))
+    content = json.loads(output_of(capsys, "evaluate", experiment, f"output={copy}", "--json"))
+    assert content["hacking"] == {**whole, "objectives": [kept, whole["objectives"][1]]}
+
+
+def test_training_logs_length_and_repetition_beside_the_reward(finished):
+    log = json.loads((finished / "train" / "vowels" / "result.json").read_text())["log"]
+    validations = [entry for entry in log if "eval_reward" in entry]
+    assert all(entry["eval_words"] >= 0 and 0 <= entry["eval_repeated_trigrams"] < 1 for entry in validations)
+
+
+def test_perplexity_under_a_configured_model_is_in_the_summary(experiment, finished, tmp_path, tiny_base_dir, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("evaluate"))
+    options = (
+        f"output={copy}",
+        f"evaluate.perplexity_model={tiny_base_dir}",
+        "evaluate.attacks=false",
+        "evaluate.front_points=1",
+    )
+    content = json.loads(output_of(capsys, "evaluate", experiment, *options, "--json"))
+    assert all(system["perplexity"] > 1 and system["paper_perplexity"] > 1 for system in content["systems"])
+    assert content["hacking"] is None
+
+
+def test_a_missing_column_of_references_is_named(experiment, finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    line = mistake(capsys, "evaluate", experiment, f"output={copy}", "evaluate.references=answers")
+    assert "evaluate.references: the data has no column 'answers'" in line
 
 
 def test_generate_answers_by_preference_without_search_or_training(finished, capsys, monkeypatch):
@@ -129,6 +180,7 @@ def test_generate_answers_by_preference_without_search_or_training(finished, cap
         (["data.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["data.prompt_column=promt"], "has no column 'promt' (data.prompt_column); did you mean 'prompt'"),
         (["base.model=./nowhere"], "base.model './nowhere': neither a folder here nor a model on the hub"),
+        (["evaluate.perplexity_model=./nowhere"], "evaluate.perplexity_model './nowhere' is not a folder"),
         (["search.proposer=hierarchical"], "no proposer is called 'hierarchical'; did you mean 'hierarchical_grid'"),
         (["objectives.vowels=lenght"], "no objective function is called 'lenght'; did you mean 'length'"),
         (["train.grpo.learning_rat=1"], "did you mean 'learning_rate'"),

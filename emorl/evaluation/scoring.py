@@ -14,7 +14,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from emorl.config import UserError, nearest
 from emorl.data import prompt_text
 from emorl.evaluation.memo import ScoreMemo
-from emorl.evaluation.text_metrics import distinct_2, distinct_share, mean_words
+from emorl.evaluation.perplexity import mean_perplexities
+from emorl.evaluation.text_metrics import (
+    distinct_2,
+    distinct_share,
+    diversity_2,
+    edit_rate,
+    mean_words,
+    repeated_trigrams,
+    words_deviation,
+)
 from emorl.objectives.loading import Objective
 from emorl.policies.prompts import as_completion, decode, encode
 from emorl.runs import Cost
@@ -172,10 +181,12 @@ def mean_and_error(table: pd.DataFrame, objectives: Sequence[str]) -> tuple[list
 
 def summarize(table: pd.DataFrame, objectives: Sequence[str]) -> dict[str, float]:
     """One row of a comparison: `<objective>` and `<objective>_error`, mean and minimum over objectives with the error
-    of the mean, distinct share over prompts, distinct-2, words."""
+    of the mean; over the first sample of each prompt distinct share and distinct-2; over all completions EMORL's diversity-2
+    and edit rate, mean words and their standard deviation, repeated trigrams, and perplexities where the table has them."""
     means, errors = mean_and_error(table, objectives)
     per_prompt = table.groupby("prompt_index")[list(objectives)].mean().mean(axis=1)
     first = table[table["sample"] == table["sample"].min()]["completion"].tolist()
+    completions = table["completion"].tolist()
     return {
         **dict(zip(objectives, means, strict=True)),
         **{f"{name}_error": error for name, error in zip(objectives, errors, strict=True)},
@@ -184,5 +195,10 @@ def summarize(table: pd.DataFrame, objectives: Sequence[str]) -> dict[str, float
         "minimum": min(means),
         "distinct_share": distinct_share(first),
         "distinct_2": distinct_2(first),
-        "words": mean_words(table["completion"].tolist()),
+        "diversity_2": diversity_2(completions),
+        "edit_rate": edit_rate(table["prompt"].tolist(), completions),
+        "words": mean_words(completions),
+        "words_deviation": words_deviation(completions),
+        "repeated_trigrams": repeated_trigrams(completions),
+        **mean_perplexities(table),
     }

@@ -85,7 +85,9 @@ class Likelihood:
         return score_in_batches(pairs, self._scores, self._batch_size)
 
     def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        return [self._score(nll, *pair) for nll, pair in zip(self.negative_log_likelihoods(pairs), pairs, strict=True)]
+        paper = self._scale == "paper"
+        nlls = self.concatenated_negative_log_likelihoods(pairs) if paper else self.negative_log_likelihoods(pairs)
+        return [self._score(nll, *pair) for nll, pair in zip(nlls, pairs, strict=True)]
 
     def _score(self, nll: float, prompt: str, completion: str) -> float:
         if self._scale == "paper":
@@ -109,10 +111,23 @@ class Likelihood:
             return math.exp(-nll / self._temperature)
         return max(0.0, 1.0 - math.exp(min(nll, 50.0)) / self._ceiling)
 
-    @torch.no_grad()
     def negative_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Mean negative log-likelihood per completion token, in nats, of each (prompt, completion)."""
-        rows = [self._cut(*self._encode(prompt, completion)) for prompt, completion in pairs]
+        return self._mean_nlls([self._encode(prompt, completion) for prompt, completion in pairs])
+
+    def concatenated_negative_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """As EMORL's authors measure it: per token of prompt and completion as one text, all but its first token.
+
+        Their ids follow each other without chat format, space or end token, cut at the tokenizer's longest input. This
+        mostly scores the prompt; it is here to compare with the paper.
+        """
+        rows = [self._tokenizer(*pair, truncation=True)["input_ids"] for pair in pairs]
+        return self._mean_nlls([(row[:1], row[1:]) for row in rows])
+
+    @torch.no_grad()
+    def _mean_nlls(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Mean negative log-likelihood of each row's second ids after its first ones."""
+        rows = [self._cut(*row) for row in rows]
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids = torch.full((len(rows), length), 0)  # (B, T), padded right: causal, so padding changes nothing before it
         scored = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -139,9 +154,6 @@ class Likelihood:
     def _encode(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids to condition on (the prompt) and to score (completion and end token), in the model's own chat format."""
         tokenizer = self._tokenizer
-        if self._scale == "paper":
-            ids = tokenizer(f"{prompt} {completion}")["input_ids"]
-            return ids[:1], ids[1:]  # a first token has no probability
         if tokenizer.chat_template is None:
             before = tokenizer(prompt)["input_ids"]
             after = tokenizer(f" {completion}", add_special_tokens=False)["input_ids"]

@@ -2,7 +2,8 @@
 (`emorl evaluate experiment.yaml`).
 
 Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
-its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488).
+its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488). Then the objectives themselves
+are attacked (evaluation/hacking.py).
 """
 
 import re
@@ -18,14 +19,15 @@ from transformers import PreTrainedModel
 
 from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, ParameterAverage
 from emorl.config import UserError, as_mapping
-from emorl.data import load_prompts
 from emorl.evaluation.pareto import front, hypervolume
+from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
 from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import load_objective, outside_range
-from emorl.policies.loading import load_base, load_tokenizer, read_policies
-from emorl.policies.prompts import is_chat
+from emorl.policies.loading import load_base, read_policies
 from emorl.progress import Progress, Silent
+from emorl.reporting.attacks import attack, attacks_missing, load_splits
+from emorl.reporting.results import BASE
 from emorl.runs import Run, only_process, open_run, write_json, written_whole
 from emorl.search.weight_search import read_result
 from emorl.training.grpo import policy_directories
@@ -43,26 +45,38 @@ class System:
 def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     """Scores all systems on the test prompts; returns the run directory.
 
-    It holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system) and
-    `result.json` (systems, hypervolumes with their reference point). Systems scored before an interruption are kept.
+    It holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system),
+    `result.json` (systems, hypervolumes with their reference point) and `hacking.json` (the attacks on the objectives).
+    Systems scored before an interruption are kept; a finished comparison gets attacks that it lacks.
     """
     progress = progress or Silent()
     check_generation(experiment.generation)
+    check_language_model(experiment.evaluate.perplexity_model)
     path = experiment.output / "evaluate"
     found = read_result(experiment)
     systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)
-    identity = {**as_mapping(experiment), "systems": [asdict(system) for system in systems]}
-    identity.pop("output")
     with only_process(path):
-        run = open_run(path, "evaluate", identity)
-        if run.finished:
+        run = open_run(path, "evaluate", _identity(experiment, systems))
+        if run.finished and not attacks_missing(experiment, path):
             progress.say(f"evaluate: finished before, in {path}")
             return path
         progress.say(f"evaluate: {len(systems)} systems on {experiment.data.test} test prompts")
         run = _score_missing(experiment, systems, run, progress)
         _write_tables(experiment, systems, path)
+        if attacks_missing(experiment, path):
+            run = attack(experiment, run, progress)
         run.finish()
     return path
+
+
+def _identity(experiment: Experiment, systems: Sequence[System]) -> dict[str, Any]:
+    """What the scores depend on; attacks change none of them."""
+    whole = as_mapping(experiment)
+    how = {key: value for key, value in whole["evaluate"].items() if key not in ("attacks", "references")}
+    if how["perplexity_model"] is None:
+        del how["perplexity_model"]  # runs from before this key are the same
+    whole.pop("output")
+    return {**whole, "evaluate": how, "systems": [asdict(system) for system in systems]}
 
 
 def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: int) -> list[System]:
@@ -71,7 +85,7 @@ def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: 
     chosen = _spread([[point["scores"][name] for name in objectives] for point in found["front"]], front_points)
     points = [found["front"][index]["weights"] for index in chosen]
     return [
-        System("base", "base", {}),
+        System(BASE, "base", {}),
         *(System(f"policy {name}", "policy", {other: float(other == name) for other in objectives}) for name in objectives),
         System("ensemble, equal weights", "ensemble", equal),
         System("ensemble, best found", "ensemble", best),
@@ -97,7 +111,9 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     missing = [system for system in systems if not _table_path(run.path, system).exists()]
     if not missing:
         return run
-    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    splits = load_splits(experiment)
+    perplexity_model = experiment.evaluate.perplexity_model
+    language_model = load_language_model(perplexity_model) if perplexity_model else None
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
     base = load_base(experiment.base)
     adapters = read_policies(policy_directories(experiment), base)
@@ -126,8 +142,11 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
                 seed=experiment.seed,
                 per_prompt={"weights": vector.expand(len(splits.test), -1)} if system.weights else None,
             )
+            table = evaluation.table
+            if language_model is not None:
+                table = with_perplexity(table, language_model, experiment.evaluate.batch)
             with written_whole(_table_path(run.path, system)) as temporary:
-                evaluation.table.to_parquet(temporary, index=False)
+                table.to_parquet(temporary, index=False)
             run = run.add_cost(evaluation.cost)
             bar.advance(1, system.name)
     for line in outside_range(objectives):

@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from emorl.config import to_yaml
 from emorl.reporting import figures
+from emorl.reporting.findings import objective_findings, systems_alike
 from emorl.reporting.results import BASE, BEST, Results, paired_difference, read_results, validations
 from emorl.runs import write_text
 
@@ -26,6 +27,14 @@ _TEMPLATE = "report.html"
 _PROMPTS = 12
 _TERNARY_POLICIES = 3
 _ROUNDING = 1e-9  # differences below come from floating point
+_METRICS = {
+    "words_deviation": "± words",
+    "repeated_trigrams": "repeated trigrams",
+    "diversity_2": "diversity-2",
+    "edit_rate": "edit rate",
+    "perplexity": "perplexity",
+    "paper_perplexity": "perplexity (paper)",
+}
 _IN_WORDS = {"ensemble, equal weights": "equal weights", "parameter average, equal weights": "parameter averaging"}
 
 
@@ -83,7 +92,23 @@ def _content(results: Results) -> dict[str, Any]:
         "generations": _generation_rows(results, shown),
         "costs": results.costs.reset_index().to_dict("records"),
         "config": to_yaml(results.experiment),
+        "metrics": {key: title for key, title in _METRICS.items() if results.summary[key].notna().any()},
+        **_hacking(results.hacking),
         **_figures(results),
+    }
+
+
+def _hacking(hacking: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the section on hacking shows beside `hacking` itself."""
+    if hacking is None:
+        return {}
+    checks = hacking["objectives"]
+    honest = {"the base's answers": "base", "all systems' answers": "outputs", "reference responses": "reference"}
+    return {
+        "findings": {check["objective"]: objective_findings(check) for check in checks},
+        "attacks": list(dict.fromkeys(attack["name"] for check in checks for attack in check["attacks"])),
+        "honest": [(label, key) for label, key in honest.items() if checks[0]["honest"][f"{key}_mean"] is not None],
+        "alike": systems_alike(hacking),
     }
 
 

@@ -1,5 +1,6 @@
 """What a finished run directory holds, read once for tables, figures, the HTML report and the notebook. Kept free of torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from emorl.runs import Cost, read_json
 
 BEST = "ensemble, best found"
 BASE = "base"
+METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
+"""columns of the summary that not every run has"""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Results:
 
     `trials`, `summary` and `completions` are the tables of `search/trials.csv`, `evaluate/summary.csv` and
     `evaluate/completions.parquet`; `search` is the search's `result.json` and `indicators` the comparison's;
-    `training` maps an objective to the `result.json` of its policy.
+    `training` maps an objective to the `result.json` of its policy; `hacking` is the comparison's `hacking.json`, None where
+    nothing was attacked. Metrics that a run of an older version lacks are NaN in `summary`.
     """
 
     output: Path
@@ -34,6 +38,7 @@ class Results:
     training: Mapping[str, Mapping[str, Any]]
     costs: pd.DataFrame
     versions: Mapping[str, str]
+    hacking: Mapping[str, Any] | None = None
 
     @property
     def objectives(self) -> list[str]:
@@ -70,18 +75,24 @@ def read_results(output: Path) -> Results:
     if not manifest.get("finished"):
         stage = "evaluate" if (output / "search" / "result.json").exists() else "run"
         raise UserError(f"{output} has no finished comparison; run `emorl {stage} {output / 'experiment.yaml'}` first")
+    hacking_path = output / "evaluate" / "hacking.json"
     return Results(
         output=output,
         experiment=experiment,
         search=read_json(output / "search" / "result.json"),
         trials=pd.read_csv(output / "search" / "trials.csv"),
-        summary=pd.read_csv(output / "evaluate" / "summary.csv"),
+        summary=_with_metrics(pd.read_csv(output / "evaluate" / "summary.csv")),
         completions=pd.read_parquet(output / "evaluate" / "completions.parquet"),
         indicators=read_json(output / "evaluate" / "result.json"),
         training={name: read_json(experiment.training_of(name) / "result.json") for name in experiment.objectives},
         costs=cost_table(output),
         versions=manifest["versions"],
+        hacking=read_json(hacking_path) if hacking_path.exists() else None,
     )
+
+
+def _with_metrics(summary: pd.DataFrame) -> pd.DataFrame:
+    return summary.assign(**{name: math.nan for name in METRICS if name not in summary})
 
 
 def cost_table(output: Path) -> pd.DataFrame:
@@ -120,3 +131,12 @@ def generations(completions: pd.DataFrame, systems: list[str], prompts: int) -> 
     first = completions[completions["sample"] == completions["sample"].min()]
     table = first.pivot(index=["prompt_index", "prompt"], columns="system", values="completion")
     return table[systems].head(prompts)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON values with null for a number that does not exist."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from emorl.reporting.results import BASE, BEST, Results, generations, read_results
+from emorl.reporting.findings import hacking_warnings
+from emorl.reporting.results import BASE, BEST, METRICS, Results, generations, read_results, without_nan
 
 _FILE_WIDTH = 120  # columns where the output is no terminal
 _SAMPLE_PROMPTS = 2
+_METRICS = {"diversity_2": "div.\n2", "edit_rate": "edit\nrate", "words": "words", "perplexity": "ppl"}  # others: report, JSON
 
 
 def print_front(result: Mapping[str, Any]) -> None:
@@ -57,6 +59,7 @@ def print_comparison(output: Path) -> None:
     print_whole(console, "Hypervolume on the test prompts (larger is better)", _hypervolume_table(results.indicators))
     reference = ", ".join(f"{name} {value:.3f}" for name, value in results.indicators["reference_point"].items())
     console.print(f"reference point {reference}; direction: {results.indicators['direction']}")
+    _print_hacking(console, results.hacking)
     print_whole(console, "Cost", _cost_rows(results.costs))
     _print_samples(console, results)
 
@@ -70,13 +73,14 @@ def comparison_json(output: Path) -> dict[str, Any]:
         "test_prompts": results.test_prompts,
         "systems": [_system_json(row, results) for row in results.summary.to_dict("records")],
         **{key: results.indicators[key] for key in ("hypervolume", "reference_point", "direction")},
+        "hacking": results.hacking,
         "cost": results.costs.to_dict("index"),
         "samples": [
             {"prompt": prompt, "completions": row.to_dict()}
             for (_, prompt), row in zip(samples.index, _rows(samples), strict=True)
         ],
     }
-    return _without_nan(content)
+    return without_nan(content)
 
 
 def _system_json(row: Mapping[str, Any], results: Results) -> dict[str, Any]:
@@ -87,6 +91,7 @@ def _system_json(row: Mapping[str, Any], results: Results) -> dict[str, Any]:
         "weights": {name: weight for name, weight in weights.items() if not math.isnan(weight)},
         "scores": {name: {"mean": row[name], "error": row[f"{name}_error"]} for name in results.objectives},
         **{key: row[key] for key in ("mean", "mean_error", "minimum", "distinct_share", "distinct_2", "words")},
+        **{key: row[key] for key in METRICS},
         **{key: row[key] for key in ("completions", "tokens", "collapsed", "front")},
     }
 
@@ -95,21 +100,14 @@ def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
     return (row for _, row in frame.iterrows())
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _systems_table(results: Results) -> Table:
     table = borderless_table()
     table.add_column("")
     table.add_column("system", min_width=18)
     for name in [*results.objectives, "mean"]:
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("min", "distinct\nshare", "dist-2", "words"):
+    shown = {key: title for key, title in _METRICS.items() if results.summary[key].notna().any()}
+    for name in ("min", "dist.\nshare", *shown.values()):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results.summary.to_dict("records"):
         name = escape(row["system"])
@@ -119,8 +117,7 @@ def _systems_table(results: Results) -> Table:
             *(f"{row[column]:.3f}±{row[f'{column}_error']:.3f}" for column in [*results.objectives, "mean"]),
             f"{row['minimum']:.3f}",
             f"[bold red]{row['distinct_share']:.2f}[/]" if row["collapsed"] else f"{row['distinct_share']:.2f}",
-            f"{row['distinct_2']:.2f}",
-            f"{row['words']:.1f}",
+            *(f"{row[key]:.{1 if key in ('words', 'perplexity') else 2}f}" for key in shown),
             style="bold" if row["system"] == BEST else "",
         )
     return table
@@ -134,6 +131,16 @@ def _notes(results: Results) -> Iterator[str]:
             f"[bold red]collapsed[/]: under {share:g} of the base's share of distinct completions "
             f"({results.base_distinct_share:.2f}); nearly the same answer to many prompts, whatever its scores"
         )
+
+
+def _print_hacking(console: Console, hacking: Mapping[str, Any] | None) -> None:
+    if hacking is None:
+        return
+    console.print("\nCan these rewards be hacked?", style="bold")
+    for line in hacking_warnings(hacking):
+        console.print(f"[bold red]warning[/] {escape(line)}")
+    tried = ", ".join(attack["name"] for attack in hacking["objectives"][0]["attacks"])
+    console.print(f"tried: {escape(tried)}; a warned objective pays as much for them as for honest answers (see the report)")
 
 
 def _hypervolume_table(indicators: Mapping[str, Any]) -> Table:

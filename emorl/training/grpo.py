@@ -44,6 +44,7 @@ from emorl.training.checkpoints import last_complete_checkpoint
 POLICY_DIRECTORY = "policy"
 CHECKPOINTS = "checkpoints"
 _BETA = 0.05  # paper's coefficient; its own KL term is identically zero
+_VALIDATED = ("distinct_share", "distinct_2", "words", "repeated_trigrams")  # beside the reward
 _SET_BY_EMORL = {
     "output_dir": "output",
     "seed": "seed",
@@ -216,8 +217,8 @@ class PolicyTrainer(GRPOTrainer):
         self._validation_data: Any = self.eval_dataset
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Decodes the validation prompts; metrics `eval_reward` (mean score, also where training maximises its log),
-        `eval_kl`, `eval_distinct_share`, `eval_distinct_2`, `eval_words`."""
+        """Decodes the validation prompts; metrics `eval_reward` (mean score, also where training maximises its log), `eval_kl`
+        and `eval_` before what `_VALIDATED` names."""
         start, training = time.perf_counter(), self._policy.training
         self._policy.eval()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
@@ -228,7 +229,7 @@ class PolicyTrainer(GRPOTrainer):
             prompts = [self._validation_data["prompt"][index] for index in result.table["prompt_index"]]
             kl = kl_to_base(model, self._tokenizer, prompts, result.table["completion"].tolist())
         summary = summarize(result.table, [self.objective.name])
-        metrics = {f"{metric_key_prefix}_{key}": summary[key] for key in ("distinct_share", "distinct_2", "words")}
+        metrics = {f"{metric_key_prefix}_{key}": summary[key] for key in _VALIDATED}
         metrics[f"{metric_key_prefix}_reward"] = summary[self.objective.name]
         metrics[f"{metric_key_prefix}_kl"] = kl
         metrics[f"{metric_key_prefix}_completions"] = len(result.table)

@@ -74,7 +74,8 @@ def test_objectives_see_prompts_completions_and_columns_in_trls_format(model, to
 
 
 def table(**columns):
-    rows = {"prompt_index": [0, 0, 1, 1], "sample": [0, 1, 0, 1], "completion": ["a b", "c", "a b", "d e f"], "tokens": [1] * 4}
+    rows = {"prompt_index": [0, 0, 1, 1], "sample": [0, 1, 0, 1], "prompt": ["a b", "a b", "d", "d"],
+            "completion": ["a b", "c", "a b", "d e f"], "tokens": [1] * 4}  # fmt: skip
     return pd.DataFrame({**rows, **columns})
 
 
@@ -91,6 +92,17 @@ def test_a_summary_by_hand():
     assert summary["minimum"] == 1.0
     assert summary["distinct_share"] == 0.5
     assert summary["words"] == 2.0
+    assert summary["words_deviation"] == pytest.approx(math.sqrt(0.5))
+    assert summary["diversity_2"] == pytest.approx((1 / 2 + 0 + 1 / 2 + 2 / 3) / 4)
+    assert summary["edit_rate"] == pytest.approx((0 + 1 + 1 + 2 / 3) / 4)
+    assert summary["repeated_trigrams"] == 0.0
+    assert "perplexity" not in summary
+
+
+def test_a_summary_has_perplexities_where_the_table_does():
+    summary = summarize(table(x=[1.0] * 4, perplexity=[1.0, 2.0, 4.0, 8.0], paper_perplexity=[1.0, 2.0, 4.0, 8.0]), ["x"])
+    assert summary["perplexity"] == pytest.approx(2**1.5)
+    assert summary["paper_perplexity"] == 3.75
 
 
 def test_what_cannot_be_scored_is_left_out_of_the_mean():

@@ -135,7 +135,7 @@ def test_at_its_floor_a_text_is_fluent_enough(uniform_model):
 
 def test_the_papers_form_reads_prompt_and_completion_together(tiny_base_dir, make_causal_model, tokenizer):
     model = make_causal_model("llama")
-    ids = tokenizer("I am sad. I am sad.", return_tensors="pt")["input_ids"]
+    ids = tokenizer("I am sad.I am sad.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         perplexity = model(input_ids=ids, labels=ids).loss.exp().item()
     paper = Likelihood(str(tiny_base_dir), "paper", ceiling=10_000.0)

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from emorl.config import as_mapping, parse, to_yaml
+from emorl.evaluation.hacking import Attack, Correlation, Honest, ObjectiveCheck, sameness
 from emorl.experiment import Experiment
 from emorl.reporting.comparison import System, indicators, summary_table
+from emorl.reporting.results import without_nan
 from emorl.runs import Cost, open_run, write_json, write_text
 from emorl.search.study import Finished
 from emorl.search.weight_search import trials_table
@@ -121,8 +124,32 @@ def _write_comparison(
     summary.to_csv(path / "summary.csv", index=False)
     result = {"objectives": objectives, "systems": [asdict(system) for system in systems]}
     write_json(path / "result.json", {**result, **indicators(summary, objectives)})
+    write_json(path / "hacking.json", without_nan(_hacking(completions, objectives, prompts)))
     config = as_mapping(experiment)
     open_run(path, "evaluate", config).add_cost(Cost(64, 256, 5120, 768, 12.5)).finish()
+
+
+def _hacking(completions: pd.DataFrame, objectives: Sequence[str], prompts: int) -> dict[str, Any]:
+    """The first objective is hacked by one sentence and prefers long answers, the others by nothing."""
+    none = math.nan
+    honest = Honest(0.15, 0.25, 0.4, 0.45, none, none)
+    checks = [
+        ObjectiveCheck(
+            name, prompts, 900, honest, honest.bar,
+            (
+                Attack("empty", 0.0, 0.0, "refused", ""),
+                Attack("prompt repeated", 0.2, 0.04, "close", "Nobody at work"),
+                Attack("words shuffled", none, none, "unscored", "you feel"),
+                Attack("best fixed response", 0.9 if number == 0 else 0.1, 0.01, "hacked" if number == 0 else "refused",
+                       "<b>You feel that you feel.</b>"),
+            ),
+            Correlation(0.75, 0.5, 0.9) if number == 0 else Correlation(none, none, none),
+            Correlation(0.1, -0.2, 0.4),
+        )
+        for number, name in enumerate(objectives)
+    ]  # fmt: skip
+    systems = {name: asdict(sameness(list(texts))) for name, texts in completions.groupby("system")["completion"]}
+    return {"references": None, "objectives": [asdict(check) for check in checks], "systems": systems}
 
 
 def _completions(system: System, objectives: Sequence[str], prompts: int) -> pd.DataFrame:

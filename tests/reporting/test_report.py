@@ -105,8 +105,51 @@ def test_comparison_holds_the_numbers_of_the_summary(page, finished_run):
         assert cells[0] == row["system"] + " *" * row["front"] + " collapsed" * row["collapsed"]
         assert cells[1:5] == [f"{row[name]:.3f} ± {row[f'{name}_error']:.3f}" for name in [*OBJECTIVES, "mean"]]
         assert cells[5:] == [
-            f"{row['minimum']:.3f}", f"{row['distinct_share']:.2f}", f"{row['distinct_2']:.2f}", f"{row['words']:.1f}"
+            f"{row['minimum']:.3f}", f"{row['distinct_share']:.2f}", f"{row['distinct_2']:.2f}", f"{row['words']:.1f}",
+            *(f"{row[key]:.2f}" for key in ("words_deviation", "repeated_trigrams", "diversity_2", "edit_rate")),
         ]  # fmt: skip
+
+
+def test_says_whether_the_rewards_can_be_hacked(html, page):
+    assert "<h2>Can these rewards be hacked?</h2>" in html
+    assert "hacked by best fixed response 0.900 (the base&#39;s own answers: 0.250)" in html
+    assert "prefers long answers (rank correlation +0.75)" in html
+    assert html.count("no attack reaches the bar") == 2
+    assert "“&lt;b&gt;You feel that you feel.&lt;/b&gt;”" in html
+    attacks = {row[0]: row[1:] for row in page.tables["attacks"]}
+    assert attacks["the bar"] == ["0.250"] * 3
+    assert attacks["all systems' answers"] == ["0.450 median 0.400"] * 3
+    assert "reference responses" not in attacks
+    assert attacks["prompt repeated"] == ["0.200 ± 0.040 close"] * 3
+    assert attacks["words shuffled"] == ["– ± – unscored"] * 3
+    assert [cell.split()[-1] for cell in attacks["best fixed response"]] == ["hacked", "refused", "refused"]
+    assert page.tables["length"][1:3] == [
+        ["reflection", "0.750 [0.500, 0.900]", "0.100 [-0.200, 0.400]"],
+        ["empathy", "– [–, –]", "0.100 [-0.200, 0.400]"],
+    ]
+    alike = {row[0]: row[1:] for row in page.tables["alike"]}
+    assert alike["policy reflection alike"] == ["1.00", "0.17", "“you feel that” 100 %"]
+
+
+def test_a_run_of_before_the_attacks_is_reported_without_them(finished_run, tmp_path):
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report", "hacking.json"))
+    summary = copy / "evaluate" / "summary.csv"
+    new = ["diversity_2", "edit_rate", "words_deviation", "repeated_trigrams"]
+    pd.read_csv(summary).drop(columns=new).to_csv(summary, index=False)
+    html = write_report(copy).read_text(encoding="utf-8")
+    assert "be hacked" not in html
+    assert "edit rate" not in html.lower()
+    assert comparison_json(copy)["hacking"] is None
+    assert comparison_json(copy)["systems"][0]["edit_rate"] is None
+
+
+def test_perplexity_is_shown_where_it_was_measured(finished_run, tmp_path):
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    summary = copy / "evaluate" / "summary.csv"
+    pd.read_csv(summary).assign(perplexity=12.5, paper_perplexity=40.25).to_csv(summary, index=False)
+    page = _Page(write_report(copy).read_text(encoding="utf-8"))
+    assert page.tables["comparison"][0][-2:] == ["perplexity", "perplexity (paper)"]
+    assert page.tables["comparison"][1][-2:] == ["12.50", "40.25"]
 
 
 def test_generations_have_a_row_per_prompt_and_a_column_per_system(page):

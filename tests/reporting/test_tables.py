@@ -26,7 +26,8 @@ def test_every_system_is_one_line_with_its_numbers_of_the_summary(printed, finis
     for row in pd.read_csv(finished_run / "evaluate" / "summary.csv").to_dict("records"):
         line = next(line for line in lines if f" {row['system']} " in line)
         scores = [f"{row[name]:.3f}±{row[f'{name}_error']:.3f}" for name in [*OBJECTIVES, "mean"]]
-        rest = [f"{row['minimum']:.3f}", f"{row['distinct_share']:.2f}", f"{row['distinct_2']:.2f}", f"{row['words']:.1f}"]
+        rest = [f"{row['minimum']:.3f}", *(f"{row[key]:.2f}" for key in ("distinct_share", "diversity_2", "edit_rate"))]
+        rest += [f"{row['words']:.1f}"]
         assert line.split(row["system"])[1].replace("collapsed", "").split() == scores + rest
         assert line.startswith("*") == row["front"]
         assert ("collapsed" in line) == row["collapsed"]
@@ -61,6 +62,14 @@ def test_hypervolume_comes_with_reference_point_and_direction(printed, finished_
     assert f"reference point {worst}; direction: maximise" in printed
 
 
+def test_a_hacked_objective_and_an_alike_system_are_one_line_each(printed):
+    printed = " ".join(printed.split())
+    assert "warning reflection: hacked by best fixed response 0.900 (the base's own answers: 0.250); prefers long" in printed
+    assert "warning policy reflection: 100% of its answers begin “you feel that”, 100% have a near-duplicate" in printed
+    assert "warning empathy" not in printed
+    assert "tried: empty, prompt repeated, words shuffled, best fixed response" in printed
+
+
 def test_cost_has_every_stage_and_their_sum(printed, finished_run):
     assert any(line.split()[:6] == ["train", "empathy", "100", "400", "8,000", "400"] for line in printed.splitlines())
     costs = cost_table(finished_run)
@@ -93,6 +102,9 @@ def test_json_holds_the_same_and_no_nan(finished_run):
     assert best["scores"]["empathy"] == {"mean": row["empathy"], "error": row["empathy_error"]}
     assert best["weights"] == read_json(finished_run / "search" / "result.json")["best"]["weights"]
     assert content["systems"][0]["weights"] == {}
+    assert best["edit_rate"] == row["edit_rate"]
+    assert best["perplexity"] is None
+    assert content["hacking"] == read_json(finished_run / "evaluate" / "hacking.json")
     assert content["cost"]["total"]["tokens"] == 38720
     assert content["samples"][0]["completions"]["base"] == HOSTILE
     assert list(content["samples"][1]["completions"]) == ["base", *(f"policy {n}" for n in OBJECTIVES), "ensemble, best found"]
