@@ -26,7 +26,7 @@ from emorl.objectives.judge_questions import Question, UnansweredError
 
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_RETRY_AFTER = 600.0  # a server that asks for more is not waited for
-_TURN_TOKENS = 64  # what a chat template adds at most around one turn, for the upper bound on input tokens
+_TURN_TOKENS = 256  # more than a chat template adds around one turn, for the upper bound on input tokens
 _TRY_AGAIN = {408, 409, 425, 429}
 _ABOUT_THE_TEXT = {400, 413, 422}
 _TEXT_FAULTS = ("context", "too long", "too large", "content_filter", "content management policy", "moderation")
