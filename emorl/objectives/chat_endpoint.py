@@ -73,8 +73,9 @@ class ChatEndpoint:
         return f"model {self.model!r} at {self.url}"
 
     def identity(self) -> list[Any]:
-        """What an answer depends on besides the question."""
-        return ["endpoint", self.url, self.model, self.request, self.minimum_share]
+        """What an answer depends on besides the question; not the room it had, since one that was cut off is none."""
+        request = {name: value for name, value in self.request.items() if name not in ("max_tokens", "max_completion_tokens")}
+        return ["endpoint", self.url, self.model, request, self.minimum_share]
 
     async def answer_all(
         self, questions: Sequence[Question], ledger: Ledger, keep: Callable[[Question, float], None], stop_at_failure: bool
@@ -129,7 +130,7 @@ class ChatEndpoint:
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                wait = min(_LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * jitter.uniform(0.5, 1.0)
+                wait = min(_LONGEST_BACKOFF, self.backoff * 2 ** min(attempt - 1, 20)) * jitter.uniform(0.5, 1.0)
                 if await _stopped(stop, max(wait, after)):
                     raise UnansweredError("not asked again, as something else went wrong")
             try:
@@ -164,9 +165,8 @@ class ChatEndpoint:
                 )
             actual = _spend(response, largest)
         except TimeoutError:
-            raise _TransientError(
-                f"nothing within {self.timeout:g} s (`timeout`)"
-            ) from None  # may be charged for: stays booked
+            # it may be charged for, so it stays booked
+            raise _TransientError(f"nothing within {self.timeout:g} s (`timeout`)") from None
         except httpx2.ConnectError as error:
             actual = Spend()  # nothing was sent
             raise _TransientError(f"cannot connect ({_line(str(error), key)}); is the server running?") from None

@@ -83,7 +83,9 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")  # no wait for the disk: a kill loses nothing, a power cut little
+            self._database.execute(
+                "PRAGMA synchronous=NORMAL"
+            )  # no wait for the disk: a kill loses nothing, a power cut little
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers (question BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
             )

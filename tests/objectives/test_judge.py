@@ -427,6 +427,8 @@ def test_an_answer_is_paid_once(server, make_judge):
     server.answer = lambda number, body: said("1")
     assert score(make_judge(), "b", "c") == [0.75, 0.0]
     assert server.asked[2:] == ["c"]
+    assert score(make_judge(max_answer_tokens=999, retries=0, timeout=9, concurrency=1), "a", "c") == [0.75, 0.0]
+    assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize(
