@@ -6,11 +6,14 @@ import importlib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from emorl.config import UserError, nearest
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from emorl.config import UserError, nearest, parse
 from emorl.experiment import ObjectiveConfig
 from emorl.objectives import REGISTRY
 from emorl.objectives.scale import RAW, Scale, declared_range, interval, resolve
@@ -46,7 +49,7 @@ class Objective:
         """What the function itself returns, checked."""
         scores = self._function(prompts=list(prompts), completions=list(completions), **columns)
         if inspect.isawaitable(scores):
-            scores = asyncio.run(_awaited(scores))
+            scores = _run(_awaited(scores))
         return self._checked(scores, len(completions))
 
     def rewards(self, scores: Sequence[float | None]) -> list[float | None]:
@@ -75,6 +78,16 @@ async def _awaited(scores: Any) -> Any:
     return await scores
 
 
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The coroutine's result; in a thread of its own where this one runs an event loop, as a notebook's does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 def check_objectives(objectives: Mapping[str, ObjectiveConfig]) -> None:
     """Resolves every objective's function and options without loading a model.
 
@@ -99,6 +112,9 @@ def outside_range(objectives: Sequence[Objective]) -> list[str]:
 def load_objective(name: str, config: ObjectiveConfig) -> Objective:
     """The objective ready to score; loads its model if it has one."""
     function, options, scale = _resolve(name, config)
+    if isinstance(function, type) and is_pydantic_dataclass(function):
+        made: Any = parse(function, options, f"objective {name!r}")
+        return Objective(name, made, scale)
     try:
         return Objective(name, function(**options) if isinstance(function, type) else _partial(function, options), scale)
     except (ValueError, OSError) as error:
@@ -125,6 +141,8 @@ def _resolve(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], di
             "(or a hub id, or package.module:attribute)"
         )
     _check_options(where, function, options)
+    if isinstance(function, type) and is_pydantic_dataclass(function):  # is its settings: nothing loads before a call
+        parse(function, options, where)
     try:
         return function, options, resolve(config.transform, declared_range(function))
     except ValueError as error:
@@ -156,6 +174,6 @@ def _check_options(where: str, function: Callable[..., Any], options: Mapping[st
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if named and parameter.default is parameter.empty and option not in options:
                 raise UserError(f"{where}: option {option!r} is missing")
-    model = options.get("model")
+    model = None if options.get("endpoint") else options.get("model")  # an endpoint's model may be a path over there
     if isinstance(model, str) and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise UserError(f"{where}: model {model!r} is not a folder")

@@ -6,7 +6,6 @@ import torch
 
 from emorl.config import UserError
 from emorl.experiment import ObjectiveConfig
-from emorl.objectives import REGISTRY
 from emorl.objectives.catalogue import catalogue
 from emorl.objectives.loading import Objective, check_objectives, load_objective
 
