@@ -19,13 +19,23 @@ Its keys (with defaults):
 """
 
 _REWARD_HELP = """\
-REWARD is a YAML file, for example
+FILE is YAML, for example
   output: runs/politeness
   model: sentence-transformers/all-MiniLM-L6-v2
   data: {path: graded.jsonl, labels: [grade], label_range: [0, 2]}    # columns prompt, response, grade
   loss: ranking
-The model is then an objective, {function: classifier, model: runs/politeness/model}. Any key can be set on the command
-line as dotted.key=value. Keys (with defaults):
+The model is then an objective, {function: classifier, model: runs/politeness/model}.
+"""
+_REFRESH_HELP = """\
+FILE is YAML, for example
+  reward: {output: runs/politeness, model: …, data: …, loss: ranking}    # as for train-reward
+  policy:                                                                # as for train, with one objective
+    output: runs/politeness-refresh
+    base: {model: Qwen/Qwen3-0.6B}
+    data: {path: prompts.jsonl}
+    objectives: {polite: classifier}
+    train: {grpo: {beta: 0.01, max_steps: 100}}                          # a weak anchor finds more to refuse
+  retraining: {num_train_epochs: 1}
 """
 
 
@@ -92,15 +102,21 @@ def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
 
 def _add_reward(command: argparse.ArgumentParser, name: str) -> None:
     from emorl.config import describe
-    from emorl.reward_experiment import RewardExperiment
+    from emorl.reward_experiment import RefreshExperiment, RewardExperiment
 
-    command.add_argument("experiment", type=Path, metavar="REWARD", help="YAML file of one reward model")
+    kind, example, what = {
+        "train-reward": (RewardExperiment, _REWARD_HELP, "one reward model"),
+        "refresh-reward": (RefreshExperiment, _REFRESH_HELP, "a reward model and the policy that tests it"),
+    }[name]
+    command.add_argument("experiment", type=Path, metavar="FILE", help=f"YAML file of {what}")
     command.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace those of the file"
     )
     command.add_argument("--json", action="store_true", help="print the measured figures as JSON instead of a table")
     if "--help" in sys.argv or "-h" in sys.argv:
-        command.epilog = _REWARD_HELP + describe(RewardExperiment)
+        command.epilog = (
+            f"{example}Any key can be set on the command line as dotted.key=value. Keys (with defaults):\n{describe(kind)}"
+        )
 
 
 def _add_run(command: argparse.ArgumentParser, name: str) -> None:
@@ -179,6 +195,16 @@ def _train_reward(options: argparse.Namespace) -> None:
     experiment = load_reward_experiment(options.experiment, options.overrides)
     figures = read_figures(train_reward(experiment, Console()))
     print(json.dumps(figures, indent=2) if options.json else figures_table(figures))
+
+
+def _refresh_reward(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.reporting.reward_tables import refresh_table
+    from emorl.reward_experiment import load_refresh_experiment
+    from emorl.training.refresh import read_rounds, refresh
+
+    rounds = read_rounds(refresh(load_refresh_experiment(options.experiment, options.overrides), Console()))
+    print(json.dumps(rounds, indent=2) if options.json else refresh_table(rounds))
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -316,6 +342,12 @@ _COMMANDS: tuple[_Command, ...] = (
     ("run", "All stages of an experiment; finished ones are skipped, an interrupted one continues.", _run, _add_experiment),
     ("train", "Train one LoRA policy per objective with TRL's GRPO.", _train, _add_experiment),
     ("train-reward", "Train a reward model on graded responses, to be used as an objective.", _train_reward, _add_reward),
+    (
+        "refresh-reward",
+        "Train a policy against a reward model, and teach it to refuse what it fell for.",
+        _refresh_reward,
+        _add_reward,
+    ),
     ("search", "Search the aggregation weights of the trained policies.", _search, _add_experiment),
     ("evaluate", "Compare what was found with its rivals on test prompts.", _evaluate, _add_experiment),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from emorl.config import apply_overrides, parse, read_yaml
+from emorl.experiment import Experiment
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -84,3 +85,31 @@ class RewardExperiment:
 def load_reward_experiment(path: Path, overrides: Sequence[str] = ()) -> RewardExperiment:
     """The file of one reward model with `dotted.key=value` overrides applied."""
     return parse(RewardExperiment, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+@dataclass(frozen=True, config=_strict)
+class RefreshExperiment:
+    reward: RewardExperiment
+    """the reward model as it is trained first (a finished run is used as it is)"""
+    policy: Experiment
+    """experiment with one objective, the reward model's; its option `model` is set in every round. A weak anchor
+    (train.grpo.beta) finds more to refuse"""
+    rounds: int = Field(default=1, ge=1)
+    """how often a policy is trained against the reward model and the reward model refreshed"""
+    negatives: int = Field(default=200, ge=1)
+    """most rows of each kind that a round adds"""
+    retraining: dict[str, Any] = Field(default_factory=dict)
+    """replaces keys of reward.training when the reward model goes on, such as fewer epochs and a lower learning rate"""
+
+    def __post_init__(self) -> None:
+        if len(self.policy.objectives) != 1:
+            raise ValueError(f"policy.objectives: expected the reward model alone, got {sorted(self.policy.objectives)}")
+        if self.reward.loss == "classification":
+            raise ValueError("reward.loss: a refresh needs a lowest grade; use ranking or regression")
+        if self.reward.data.prompt_column is None:
+            raise ValueError("reward.data.prompt_column: a refresh puts responses under other prompts, so it needs prompts")
+
+
+def load_refresh_experiment(path: Path, overrides: Sequence[str] = ()) -> RefreshExperiment:
+    """The file of one adversarial refresh with `dotted.key=value` overrides applied."""
+    return parse(RefreshExperiment, apply_overrides(read_yaml(path), overrides), str(path))

@@ -1,0 +1,22 @@
+"""What an adversarial refresh changed, as a Markdown table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def refresh_table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """One line per round and figure, before and after; scores of the added texts should fall, agreement should not."""
+    lines = ["| round | figure | before | after |", "|---|---|---|---|"]
+    for number, found in enumerate(rounds, start=1):
+        policy = found["policy"]
+        lines.append(
+            f"| {number} | policy: mean score (base, trained) | {policy['base_reward']:.3f} | {policy['reward']:.3f} |"
+        )
+        shares = f"{policy['base_distinct_share']:.3f} | {policy['distinct_share']:.3f}"
+        lines.append(f"| {number} | policy: distinct completions (base, trained) | {shares} |")
+        for kind, before in found["scores_before"].items():
+            count, after = found["added"][kind], found["scores_after"][kind]
+            lines.append(f"| {number} | mean score of {count} {kind} outputs | {before:.3f} | {after:.3f} |")
+        for name, before in found["validation_before"].items():
+            lines.append(f"| {number} | validation: {name} | {before:.3f} | {found['validation_after'][name]:.3f} |")
+    return "\n".join(lines)
