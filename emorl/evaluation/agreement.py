@@ -17,11 +17,10 @@ def auc(higher: Numbers, lower: Numbers) -> float:
 
 
 def rank_correlation(scores: Numbers, labels: Numbers) -> float:
-    """Spearman's correlation of scores with graded labels; 0 where one of them is constant."""
-    x, y = rankdata(scores), rankdata(labels)
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    return float(np.corrcoef(x, y)[0, 1])
+    """Spearman's correlation; NaN where one side does not vary."""
+    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(labels) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(scores), rankdata(labels))[0, 1])
 
 
 def calibration_error(scores: Numbers, targets: Numbers, bins: int = 10) -> float:

@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
-from scipy.stats import rankdata
 
+from emorl.evaluation.agreement import rank_correlation
 from emorl.evaluation.text_metrics import word_tokens
 
 PROMPTS = 64
@@ -281,13 +281,6 @@ def _mean_and_error(scores: NDArray[np.float64]) -> tuple[float, float]:
     """Mean and its standard error of the scores that are not NaN; NaN where there are too few."""
     found = pd.Series(scores)
     return float(found.mean()), float(found.sem())
-
-
-def rank_correlation(one: Sequence[float] | NDArray[np.float64], other: Sequence[float] | NDArray[np.float64]) -> float:
-    """Spearman's correlation; NaN where one side does not vary."""
-    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return float("nan")
-    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 def length_correlation(completions: pd.DataFrame, objective: str, seed: int) -> Correlation:

@@ -65,7 +65,7 @@ def measure(experiment: RewardExperiment, data: GradedData, scores: Tensor) -> d
     if experiment.loss == "ranking":
         groups = [row.group for row in data.validation]
         figures["pairs in order, same group"] = ordered_share(values[:, 0], targets[:, 0], groups)
-    return figures
+    return {name: value for name, value in figures.items() if not np.isnan(value)}
 
 
 def figures_table(figures: Mapping[str, float]) -> str:

@@ -56,11 +56,13 @@ def measure(score: Score, test: Sequence[Pair], training: Sequence[Pair], seed: 
     rng, figures = random.Random(seed), {}
     for source in SOURCES:
         pairs = [pair for pair in test if pair.kind == source]
+        if len({pair.group for pair in pairs}) < 2:
+            continue  # nobody else's prompt was held out
         own = pair_scores(score, pairs)
         wrong = [replace(pair, kind=source) for pair in mismatched(pairs, 2, rng)]
         figures[f"{source}: AUC over responses to others"] = auc(own, pair_scores(score, wrong))
         figures[f"{source}: AUC over its words shuffled"] = auc(own, pair_scores(score, salads(pairs, rng)))
-    good = [pair for pair in test if pair.kind == "pair"]
+    good = [pair for pair in test if pair.kind == "pair"] or test
     return {**figures, **attack_table(score, good, [pair.response for pair in training if pair.kind == "pair"], seed)}
 
 

@@ -59,9 +59,11 @@ def measure(score: Score, test: Sequence[Pair], training: Sequence[Pair], seed: 
     rng, figures = random.Random(seed), {}
     for source in SOURCES:
         right = [pair for pair in test if pair.kind == source]
+        if len({pair.group for pair in right}) < 2:
+            continue  # nobody else's prompt was held out
         wrong = [pair for _ in range(3) for pair in within_source(right, rng)]
         figures[f"{source}: AUC right over wrong person"] = auc(pair_scores(score, right), pair_scores(score, wrong))
-    good = [pair for pair in test if pair.kind == "pair"]
+    good = [pair for pair in test if pair.kind == "pair"] or test
     return {**figures, **attack_table(score, good, [pair.response for pair in training if pair.kind == "pair"], seed)}
 
 

@@ -1,35 +1,41 @@
-"""Pairs, splits and negatives of the reward models; two training steps on a tiny random BERT."""
+"""Pairs, splits and negatives of the reward models; every training command on a tiny random BERT."""
 
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from reward_models.agreement import attack_table, auc, best_fixed_response, calibration_error, rank_correlation
-from reward_models.command import RewardModel, run
+from reward_models.agreement import attack_table, best_fixed_response
+from reward_models.coherence import train as coherence
+from reward_models.command import run
+from reward_models.dialogues import SOURCES, responses
 from reward_models.empathy import train as empathy
+from reward_models.empathy.objective import MECHANISMS, Empathy
+from reward_models.guarded import Gate, Guard, Guarded, copied_share, save_gate
 from reward_models.pair_data import (
     CORRUPTIONS,
     GENERIC_TARGET,
-    SPLICED_SHARE,
     Pair,
     comparable,
     corrupted,
+    cut,
     generic,
     hold_out,
     hollow,
     mismatched,
+    read_negatives,
     read_rows,
-    spliced,
+    salads,
 )
 from reward_models.reflection import train as reflection
-from reward_models.sentence_pair import HeadTraining, SentencePair, train
+from reward_models.reflection.objective import Reflection
+from reward_models.specificity import train as specificity
+from reward_models.specificity.objective import ResponseSpecificity
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TOPICS = ["the vaccine", "my knee", "my boss", "wine at night", "the exam", "my sister", "smoking", "the mortgage"]
@@ -108,11 +114,16 @@ def test_corruptions_are_worth_nothing_and_work_on_one_word() -> None:
     assert {p.target for p in result} == {0.0}
 
 
-def test_partial_and_generic_responses_are_worth_little() -> None:
+def test_generic_responses_are_worth_little_and_salads_nothing() -> None:
     assert {p.target for p in generic(PAIRS, 2, random.Random(0))} == {GENERIC_TARGET}
-    for p in spliced([replace(p, target=0.6) for p in PAIRS], random.Random(0)):
-        assert p.target == pytest.approx(SPLICED_SHARE * 0.6)
-        assert p.response.split()[:4] == ["You", "are", "worried", "that"]
+    for made, p in zip(salads(PAIRS, random.Random(0)), PAIRS, strict=True):
+        assert made.target == 0.0
+        assert sorted(made.response.split()) == sorted(p.response.split())
+
+
+def test_a_long_pair_keeps_the_end_of_the_prompt_and_the_beginning_of_the_response() -> None:
+    short = cut(replace(PAIRS[0], prompt="a b c", response="d e f"), prompt_words=2, response_words=1)
+    assert (short.prompt, short.response) == ("b c", "d")
 
 
 def test_a_hollow_response_keeps_only_what_everyone_says() -> None:
@@ -130,7 +141,7 @@ def test_a_target_outside_0_to_1_is_refused() -> None:
 
 def test_reflection_targets_follow_the_labels() -> None:
     row = {"prompt": "p", "complex_reflections": ["c"], "simple_reflections": ["s"], "non_reflections": ["n"]}
-    assert [p.target for p in reflection.pair_examples([row])] == [1.0, 0.6, 0.0]
+    assert [p.target for p in reflection.pair_examples([row])] == [1.0, 0.5, 0.0]
     turns = [
         {"role": "therapist", "text": "Hello.", "behaviour": "other"},
         {"role": "client", "text": "I smoke."},
@@ -139,14 +150,14 @@ def test_reflection_targets_follow_the_labels() -> None:
     ]
     found = reflection.annomi_examples([{"id": "1", "turns": turns}])
     assert [(p.prompt, p.response, p.target) for p in found] == [
-        ("I smoke.", "You smoke.", 0.6),
+        ("I smoke.", "You smoke.", 0.5),
         ("I smoke.", "Why?", 0.0),
     ]
 
 
 @pytest.mark.parametrize(("levels", "target"), [((0, 0, 0), 0.0), ((1, 0, 0), 0.25), ((0, 2, 2), 1.0), ((2, 2, 2), 1.0)])
 def test_empathy_targets_are_the_sum_over_4(levels: tuple[int, int, int], target: float) -> None:
-    row = {"seeker": "s", "response": "r", **dict(zip(empathy.MECHANISMS, levels, strict=True))}
+    row = {"seeker": "s", "response": "r", **dict(zip(MECHANISMS, levels, strict=True))}
     assert empathy.epitome_examples([row])[0].target == target
 
 
@@ -159,23 +170,12 @@ def test_reading_refuses_missing_broken_empty_and_incomplete_files(tmp_path: Pat
             read_rows(tmp_path / "pair.jsonl", ["a"])
 
 
-@pytest.mark.parametrize("command", [reflection.main, empathy.main])
-def test_a_command_without_its_data_ends_in_one_line_and_code_2(command, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("module", [reflection, empathy, coherence, specificity])
+def test_a_command_without_its_data_ends_in_one_line_and_code_2(module, tmp_path: Path, capsys) -> None:
     arguments = ["--data", str(tmp_path), "--encoder", "nowhere", "--output", str(tmp_path / "out")]
-    assert command(arguments) == 2
+    assert run(module.main, module.__doc__, arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert command([*arguments[:-1], str(Path(__file__).parent)]) == 2
-    assert "holds something already" in capsys.readouterr().err
-
-
-def test_known_areas_under_the_curve_and_correlations() -> None:
-    assert auc([2, 3], [0, 1]) == 1.0
-    assert auc([1, 1], [1, 1]) == 0.5
-    assert auc([3, 0], [1, 2]) == 0.5
-    assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1.0)
-    assert calibration_error([0.25] * 4, [0, 0, 0, 1], bins=1) == 0.0
-    with pytest.raises(ValueError, match="scores on both sides"):
-        auc([], [1])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_best_fixed_response_is_found_and_reported() -> None:
@@ -188,61 +188,131 @@ def test_the_best_fixed_response_is_found_and_reported() -> None:
     assert table["median of true good responses"] == pytest.approx(0.1)
 
 
-def labelled(seed: int) -> list[Pair]:
-    """Responses to the right client are worth 1, to another one 0: a head has to compare."""
-    return [*PAIRS * 4, *mismatched(PAIRS, 4, random.Random(seed))]
+def test_copied_words_are_counted_in_runs_of_four() -> None:
+    assert copied_share("i want to quit smoking now", "I want to quit smoking now") == 1.0
+    assert copied_share("i want to quit smoking", "You want to quit it") == 0.0
+    assert copied_share("a b c d e", "a b c d x") == pytest.approx(1 / 2)
+    assert copied_share("a b c d", "a b") == 0.0
 
 
-def test_a_head_learns_who_is_spoken_of_and_is_saved_and_loaded(tiny_encoder: str, tmp_path: Path) -> None:
-    settings = HeadTraining(tiny_encoder, epochs=60, patience=60, learning_rate=1e-2)
-    model = train(labelled(0), labelled(1), settings, tmp_path / "model")
-    right, wrong = PAIRS, mismatched(PAIRS, 4, random.Random(2))
-
-    def scores(pairs: list[Pair], by: SentencePair = model) -> list[float]:
-        return by([p.prompt for p in pairs], [p.response for p in pairs])
-
-    assert auc(scores(right), scores(wrong)) > 0.9
-    assert all(0 <= score <= 1 for score in scores([*right, *wrong]))
-    loaded = SentencePair(str(tmp_path / "model"), batch_size=3)
-    assert scores(right, loaded) == pytest.approx(scores(right), abs=1e-6)
-    chat = [[{"role": "user", "content": p.prompt}] for p in right]
-    answers = [[{"role": "assistant", "content": p.response}] for p in right]
-    assert loaded(chat, answers) == pytest.approx(scores(right), abs=1e-6)
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"head.safetensors", "config.json"}
+def test_a_gate_counts_in_full_only_after_a_prompt_that_says_something(tiny_encoder: str, tmp_path: Path) -> None:
+    save_gate(tmp_path, Gate(tiny_encoder, offset=50.0, full_words=8), [p.prompt for p in PAIRS])  # nothing passes it
+    guard = Guard(str(tmp_path))
+    scores = guard(["I", "I keep thinking about", "I keep thinking about my knee and do"], ["my boss"] * 3)
+    assert scores == pytest.approx([7 / 8, 4 / 8, 0.0], abs=1e-6)
+    echo = PAIRS[0].prompt
+    assert Guard(str(tmp_path), bank=str(_bank(tmp_path)))([echo], [echo]) == [0.0]
 
 
-def test_the_same_seed_gives_the_same_head(tiny_encoder: str, tmp_path: Path) -> None:
-    settings = HeadTraining(tiny_encoder, epochs=2)
-    one, other = (train(labelled(0), labelled(1), settings, tmp_path / name) for name in ("one", "other"))
-    prompts, responses = [p.prompt for p in PAIRS], [p.response for p in PAIRS]
-    assert one(prompts, responses) == other(prompts, responses)
+def _bank(folder: Path) -> Path:
+    (folder / "other.txt").write_text("You want.\nIt is.\n")
+    return folder / "other.txt"
 
 
-def test_calibration_is_folded_into_the_last_layer(tiny_encoder: str, tmp_path: Path) -> None:
-    """On the pairs it is calibrated on, mean score and mean target agree (the offset's optimum)."""
-    model = train(labelled(0), labelled(1), HeadTraining(tiny_encoder, epochs=3), tmp_path / "model")
-    scores = model([p.prompt for p in labelled(1)], [p.response for p in labelled(1)])
-    assert sum(scores) / len(scores) == pytest.approx(sum(p.target for p in labelled(1)) / len(scores), abs=0.01)
+def test_a_folder_without_a_gate_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no gate"):
+        Guarded(str(tmp_path))
+    with pytest.raises(ValueError, match="expected mechanism combined, emotional_reaction"):
+        Empathy(str(tmp_path), mechanism="warmth")
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no reward model"):
-        SentencePair(str(tmp_path))
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files the commands read, in their format, with our own sentences."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name: str, rows: list[dict]) -> None:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def graded(p: Pair) -> dict:
+        return {
+            "prompt": p.prompt,
+            "complex_reflections": [p.response],
+            "simple_reflections": [p.response.split(" and ")[0]],
+            "non_reflections": ["What do you want to do about it ?", "I know what to do about it and you do not ."],
+        }
+
+    write("pair_train", [graded(p) for p in PAIRS[:6]])
+    write("pair_valid", [graded(p) for p in PAIRS[6:]])
+    said = [
+        {"role": "therapist", "behaviour": "reflection", "reflection_subtype": "simple"},
+        {"role": "therapist", "behaviour": "question"},
+    ]
+    write(
+        "annomi_train",
+        [
+            {
+                "id": str(n),
+                "turns": [
+                    {"role": "client", "text": f"{p.prompt} {n}"},
+                    {**said[0], "text": p.response},
+                    {"role": "client", "text": f"{n} {p.prompt}"},
+                    {**said[1], "text": "What do you want to do about it ?"},
+                ],
+            }
+            for n, p in enumerate(PAIRS)
+        ],
+    )
+    ratings = [(0, 0, 0), (2, 1, 0), (0, 2, 2), (1, 0, 1)]
+    write(
+        "epitome_train",
+        [
+            {"seeker": f"{p.prompt} {n}", "response": p.response, **dict(zip(MECHANISMS, ratings[n % 4], strict=True))}
+            for n, p in enumerate(PAIRS * 4)
+        ],
+    )
+    write("counselchat_train", [{"question": f"{p.prompt} ?", "answer": p.response} for p in PAIRS])
+    for name, asks, answers in (("esconv", "seeker", "supporter"), ("empathetic_dialogues", "speaker", "listener")):
+        turns = [[{"role": asks, "text": f"{p.prompt} {name}"}, {"role": answers, "text": p.response}] for p in PAIRS]
+        write(f"{name}_train", [{"turns": both} for both in turns])
+    return folder
 
 
-def test_a_command_saves_model_card_and_figures_together(tiny_encoder: str, tmp_path: Path, capsys) -> None:
-    def measure(score: object, data: object, seed: int) -> dict[str, float]:
-        return {"AUC": 0.5}
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # as in tests/training
+@pytest.mark.parametrize(
+    ("module", "objective"),
+    [(reflection, Reflection), (empathy, Empathy), (coherence, Guarded), (specificity, ResponseSpecificity)],
+)
+def test_a_command_trains_measures_and_its_objective_scores(
+    module, objective, tiny_data: Path, tiny_encoder: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("reward_models.command.TRAINING", {"num_train_epochs": 1, "bf16": False})
+    monkeypatch.setattr(module, "TRAINING", {"num_train_epochs": 1, "bf16": False}, raising=False)
+    arguments = ["--data", str(tiny_data), "--encoder", tiny_encoder, "--output", str(tmp_path / "out")]
+    refused = tmp_path / "negatives.jsonl"
+    refused.write_text(json.dumps({"prompt": PAIRS[0].prompt, "response": "You are you ."}) + "\n")
+    if module is not specificity:
+        arguments += ["--negatives", str(refused)]
+    assert run(module.main, None, arguments) == 0
+    folder = tmp_path / "out" / "model"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert any(name.startswith("best fixed response") for name in figures)
+    assert "## Measured on data held out by this script" in (folder / "README.md").read_text()
+    scorer = objective(str(folder))
+    scores = scorer([p.prompt for p in PAIRS], [p.response for p in PAIRS])
+    assert all(0 <= score <= 1 for score in scores)
+    assert scorer([PAIRS[0].prompt], [""])[0] < 0.5
+    if objective is Empathy:
+        assert len(Empathy(str(folder), "exploration")(["a"], ["b"])) == 1
+    before = (folder / "model.safetensors").stat().st_mtime_ns if objective is not ResponseSpecificity else 0
+    assert run(module.main, None, arguments) == 0  # measured again, not trained again
+    assert before == 0 or (folder / "model.safetensors").stat().st_mtime_ns == before
+    capsys.readouterr()
 
-    data = SimpleNamespace(training=PAIRS[:5], stopping=PAIRS[5:])
-    model = RewardModel(lambda folder, seed: data, lambda pairs, seed: list(pairs), measure, "# card\n{figures}\n")
-    arguments = ["--data", ".", "--encoder", tiny_encoder, "--output", str(tmp_path / "out")]
-    assert run(model, None, arguments) == 0
-    assert "AUC | 0.500" in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AUC"] == 0.5
-    assert run(model, None, arguments) == 2
-    assert "holds something already; give a new --output" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+def test_negatives_of_a_refresh_are_compared_with_the_prompts_own_responses(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "r", "kind": "repeated"}\n')
+    [row] = read_negatives([tmp_path / "a.jsonl"])
+    assert (row["grade"], row["group"]) == (0.0, "pair p")
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_every_source_of_dialogues_is_read() -> None:
+    pairs = responses(SHARED, per_source=5, seed=0)
+    assert {p.kind for p in pairs} == set(SOURCES)
+    assert len(pairs) == 5 * len(SOURCES)
+    assert responses(SHARED, per_source=5, seed=0) == pairs
 
 
 @pytest.mark.realdata

@@ -1,6 +1,7 @@
 """The reward-model stage on tiny random encoders and decoders, through transformers' and TRL's real trainers."""
 
 import json
+import math
 import random
 import re
 
@@ -211,7 +212,7 @@ def test_known_agreement():
     assert auc([1, 1], [1, 1]) == 0.5
     assert auc([3, 0], [1, 2]) == 0.5
     assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1.0)
-    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
     assert calibration_error([0.25] * 4, [0, 0, 0, 1], bins=1) == 0.0
     assert ordered_share([3, 2, 1, 9], [1, 0.5, 0, 0], ["a", "a", "a", "b"]) == 1.0
     assert ordered_share([1, 1, 2], [1, 0, 0.5], ["a"] * 3) == pytest.approx((0.5 + 0 + 1) / 3)
