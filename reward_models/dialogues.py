@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from reward_models.pair_data import Pair, read_rows
+from reward_models.pair_data import Pair, mismatched, read_rows
 
 SOURCES = ("pair", "epitome", "counselchat", "esconv", "empathetic_dialogues", "annomi")
 _ANSWER_WORDS = 60
@@ -18,6 +18,16 @@ def responses(folder: Path, per_source: int, seed: int) -> list[Pair]:
         pairs = [pair for pair in _READERS[source](folder) if len(pair.prompt.split()) >= 4 and len(pair.response.split()) >= 4]
         result += random.Random(seed + number).sample(pairs, min(per_source, len(pairs)))
     return result
+
+
+def within_source(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
+    """Each response under a prompt of the same source, so that style alone tells nothing."""
+    wrong = []
+    for source in SOURCES:
+        own = [pair for pair in pairs if pair.kind == source]
+        if len({pair.group for pair in own}) > 1:
+            wrong += mismatched(own, 1, rng)
+    return wrong
 
 
 def _pair(folder: Path) -> Iterator[Pair]:

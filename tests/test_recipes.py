@@ -12,7 +12,7 @@ from emorl.cli import main
 from emorl.experiment import load_experiment
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted((ROOT / "recipes").rglob("experiment*.yaml"))
+EXPERIMENTS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 YAMLS = [path for path in ROOT.rglob("*.yaml") if not {".venv", "runs", "node_modules"} & set(path.parts)]
 
 
@@ -21,7 +21,7 @@ def test_recipes_are_found():
     assert len(YAMLS) > len(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_an_experiment_file_parses_and_has_a_readme(path):
     load_experiment(path)
     assert (path.parent / "README.md").is_file()

@@ -18,7 +18,7 @@ from typing import Any
 from emorl.evaluation.agreement import auc
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import FAST_ON_CPU, TRAINING, Rows, finish, run, train_rows
-from reward_models.dialogues import SOURCES, responses
+from reward_models.dialogues import SOURCES, responses, within_source
 from reward_models.guarded import Gate, Guarded, save_gate
 from reward_models.pair_data import Pair, corrupted, cut, hold_out, mismatched, read_negatives, salads, shuffled
 
@@ -39,16 +39,6 @@ def rows_of(pairs: Sequence[Pair], seed: int) -> list[dict[str, Any]]:
         {"prompt": p.prompt, "response": p.response, "coherent": float(p.target > 0), "group": p.group, "kind": p.kind}
         for p in shuffled(parts, rng)
     ]
-
-
-def within_source(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    """Each response under a prompt of the same source, so that style alone tells nothing."""
-    wrong = []
-    for source in SOURCES:
-        own = [pair for pair in pairs if pair.kind == source]
-        if len({pair.group for pair in own}) > 1:
-            wrong += mismatched(own, 1, rng)
-    return wrong
 
 
 def measure(score: Score, test: Sequence[Pair], training: Sequence[Pair], seed: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import FAST_ON_CPU, TRAINING, Rows, finish, run, train_rows
 from reward_models.empathy.objective import MECHANISMS, Empathy
 from reward_models.guarded import Gate, save_gate
-from reward_models.pair_data import Pair, corrupted, cut, hold_out, mismatched, read_negatives, read_rows, salads, shuffled
+from reward_models.pair_data import Pair, corrupted, cut, hold_out, mismatched, read_negatives, read_rows, salads
 
 FULL_SUM = 4
 STRONG = 0.75  # a sum of 3 or more
@@ -64,11 +64,12 @@ def rows_of(pairs: Sequence[Pair], data: EmpathyData, seed: int) -> list[dict[st
     """The rated pairs, and broken text that shows no mechanism at all."""
     rng = random.Random(seed)
     made = [*salads(rng.sample(pairs, len(pairs) // 8), rng), *corrupted(rng.sample(pairs, len(pairs) // 8), 1, rng)]
-    none = dict.fromkeys(MECHANISMS, 0)
-    rows = [(pair, data.ratings[pair.prompt, pair.response]) for pair in pairs] + [(pair, none) for pair in made]
+    rated = [(pair, data.ratings[pair.prompt, pair.response]) for pair in pairs]
+    rows = [*rated, *((pair, dict.fromkeys(MECHANISMS, 0)) for pair in made)]
+    rng.shuffle(rows)
     return [
         {"prompt": short.prompt, "response": short.response, **ratings, "group": pair.group, "kind": pair.kind}
-        for pair, ratings in shuffled([rows], rng)
+        for pair, ratings in rows
         for short in [cut(pair, prompt_words=40, response_words=130)]
     ]
 

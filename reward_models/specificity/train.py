@@ -21,9 +21,8 @@ from emorl.objectives import Specificity
 from emorl.runs import write_json, write_text
 from emorl.training.reward_model import MODEL_DIRECTORY, calibrate
 from reward_models.agreement import Score, attack_table, pair_scores
-from reward_models.coherence.train import within_source
 from reward_models.command import finish, run
-from reward_models.dialogues import SOURCES, responses
+from reward_models.dialogues import SOURCES, responses, within_source
 from reward_models.guarded import Gate, save_gate
 from reward_models.pair_data import Pair, hold_out
 from reward_models.specificity.objective import ResponseSpecificity

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -408,7 +409,10 @@ def test_answers_in_flight_are_kept_when_another_fails(server, make_judge):
 
     def answer(number, body):
         both.wait()
-        return failed(404) if "bad" in content(body) else said("4")
+        if "bad" in content(body):
+            return failed(404)
+        time.sleep(1)  # the failure comes first
+        return said("4")
 
     server.answer = answer
     with pytest.raises(UserError, match="404"):
