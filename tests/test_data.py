@@ -73,7 +73,7 @@ def test_completions_of_both_formats_are_text():
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("none.jsonl", None, {}, "no such file; data.path takes"),
+        ("none.jsonl", None, {}, "no such file; expected a csv, json"),
         ("empty.jsonl", "", {}, "is empty"),
         ("p.txt", "a\n", {}, "expected a file ending in"),
         ("p.jsonl", '{"promt": "a"}\n', {}, "has no column 'prompt' .*did you mean 'promt'"),

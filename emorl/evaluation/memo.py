@@ -45,7 +45,7 @@ class ScoreMemo:
         self, objective: Objective, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
         """Scores in the given order; the objective is called once, with each text that is new. What it finds is kept
-        before this returns.
+        before this returns; a text without a score is tried again the next time: a judge may have been out of reach.
 
         Args:
             columns: the data set's other columns, one entry per completion: another row is another text.
@@ -64,7 +64,7 @@ class ScoreMemo:
             )
             found = dict(zip(new, scores, strict=True))
             with self._database:
-                rows = [(objective.key, key, score) for key, score in found.items()]
+                rows = [(objective.key, key, score) for key, score in found.items() if score is not None]
                 self._database.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
             known |= found
         self.known += len(keys) - len(new)

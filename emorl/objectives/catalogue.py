@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic.dataclasses import is_pydantic_dataclass
+
 from emorl.objectives import REGISTRY
 from emorl.objectives.scale import declared_range
 
@@ -40,7 +42,14 @@ def _entry(name: str, function: Any) -> Entry:
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     needs = tuple(option for option, default in parameters.items() if default is inspect.Parameter.empty)
-    options = {option: default for option, default in parameters.items() if option not in needs}
+    options = {option: _value(function, option, default) for option, default in parameters.items() if option not in needs}
     scores = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
     example = None if needs else function()(prompts=[EXAMPLE_PROMPT], completions=[EXAMPLE_COMPLETION])[0]
     return Entry(name, scores, declared_range(function), options, needs, example)
+
+
+def _value(function: Any, option: str, default: Any) -> Any:
+    """The default of an option; a signature shows one that is made anew for each object as a placeholder."""
+    if is_pydantic_dataclass(function):
+        return function.__pydantic_fields__[option].get_default(call_default_factory=True)
+    return default

@@ -46,9 +46,17 @@ def encoder(tmp_path_factory):
 def rows():
     """Three responses to each prompt; one word of the response is its grade."""
     return [
-        {"prompt": f"ask about thing{i}", "response": f"you are {word}", "grade": grade, "name": word, "other": 1 - grade}
+        {
+            "prompt": f"ask about thing{i}",
+            "response": f"you are {word}",
+            "grade": grade,
+            "name": word,
+            "other": 1 - grade,
+            "kind": kind,
+        }
         for i in range(12)
         for word, grade in GRADES.items()
+        for kind in ["good" if grade == 1 else "bad"]
     ]
 
 
@@ -85,12 +93,12 @@ def test_it_learns_the_order_and_the_level_of_grades(make, loss):
     assert json.loads((run / "model" / "metrics.json").read_text()) == figures
 
 
-def test_a_classifier_of_named_classes(make):
-    run = train_reward(make("classification", "name", training={**TRAINING, "num_train_epochs": 40}))
+def test_a_classifier_of_named_classes_of_different_size(make):
+    run = train_reward(make("classification", "kind"))
     assert read_figures(run)["accuracy"] == 1.0
-    great = graded_scores(run / "model", "great")
+    great = graded_scores(run / "model", "good")
     assert great[0] > 0.8 > 0.2 > max(great[1:])
-    assert sum(graded_scores(run / "model", name)[1] for name in GRADES) == pytest.approx(1.0)
+    assert graded_scores(run / "model", "good")[1] + graded_scores(run / "model", "bad")[1] == pytest.approx(1.0)
 
 
 def test_several_labels_are_several_scores_of_one_model(make):
