@@ -60,7 +60,8 @@ def train_reward(experiment: RewardExperiment, progress: Progress | None = None)
     arguments = _arguments(experiment, _is_pairwise(experiment))
     data = load_graded(experiment)
     with only_process(experiment.output):
-        run = open_run(experiment.output, "train-reward", as_mapping(experiment))
+        identity = {key: value for key, value in as_mapping(experiment).items() if key not in ("output", "description")}
+        run = open_run(experiment.output, "train-reward", identity)
         if run.finished:
             progress.say(f"reward model: trained before, in {run.path}")
             return run.path
@@ -125,7 +126,7 @@ def _arguments(experiment: RewardExperiment, pairwise: bool) -> TrainingArgument
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "gradient_checkpointing": False,
+        **({"gradient_checkpointing": False} if pairwise else {}),  # trl's default is True
     }
     fixed = {
         "output_dir": str(experiment.output / CHECKPOINTS),
