@@ -26,11 +26,11 @@ class Gate:
 
     encoder: str
     """folder or hub id of the sentence encoder"""
-    temperature: float = 0.1
-    slope: float = 3.0
-    offset: float = -0.3
+    temperature: float = 0.05
+    slope: float = 1.0
+    offset: float = 0.5
     """evidence, in nats, at half open"""
-    full_words: int = 25
+    full_words: int = 12
     """words a prompt needs for the gate to count in full: after "Yeah." anything may follow"""
 
 

@@ -115,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     folder = train_rows(arguments, Rows(training + negatives, stopping), settings)
     prompts = [row["prompt"] for row in read_rows(arguments.data / "pair_train.jsonl", ["prompt"])]
-    gate = Gate(arguments.gate_encoder or arguments.encoder, temperature=0.05, slope=1.0, offset=0.5)  # stricter: see README
+    gate = Gate(arguments.gate_encoder or arguments.encoder, full_words=25)
     save_gate(folder, gate, sorted({pair.prompt for pair in data.training} | set(prompts)))
     finish(folder, measure(folder, data, arguments.seed))
 

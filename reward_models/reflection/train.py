@@ -164,7 +164,8 @@ def main(arguments: argparse.Namespace) -> None:
     }
     folder = train_rows(arguments, rows, settings)
     bank = sorted({pair.prompt for pair in data.training if pair.group.startswith("pair")})
-    save_gate(folder, Gate(arguments.gate_encoder or arguments.encoder), bank)
+    loose = {"temperature": 0.1, "slope": 3.0, "offset": -0.3, "full_words": 25}  # true simple reflections can be vague
+    save_gate(folder, Gate(arguments.gate_encoder or arguments.encoder, **loose), bank)
     finish(folder, measure(Guarded(str(folder)), data, arguments.seed))
 
 
