@@ -1,4 +1,5 @@
-"""The file of `emorl train-reward`: one frozen dataclass, so that a wrong one fails before torch is imported.
+"""The files of `emorl train-reward` and `emorl refresh-reward`: frozen dataclasses, so that a wrong one fails before torch
+is imported.
 
 The block `training` goes straight to transformers' TrainingArguments (trl's RewardConfig where that trains).
 """
@@ -65,7 +66,7 @@ class RewardExperiment:
     max_tokens: int = Field(default=192, ge=8)
     """prompt and response together; the longer of them is cut"""
     group_size: int = Field(default=16, ge=2)
-    """ranking: most responses of a group in one step; larger groups are cut into parts anew in every epoch"""
+    """ranking: most responses of a group in one step; larger groups are cut into parts"""
     patience: int = Field(default=2, ge=1)
     """stop after this many validations without a lower loss; the best checkpoint is kept"""
     seed: int = 0

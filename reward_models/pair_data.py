@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-SPLICED_SHARE = 0.3  # of the target: half of the response is about someone else
 GENERIC_TARGET = 0.05
 
 GENERIC_RESPONSES = (
@@ -142,18 +141,6 @@ def mismatched(pairs: Sequence[Pair], per_pair: int, rng: random.Random) -> list
         others = [(p, g) for p, g in rng.sample(prompts, min(len(prompts), per_pair + 8)) if g != pair.group]
         for prompt, group in [(p, g) for p, g in others if comparable(p) not in own][:per_pair]:
             result.append(replace(pair, prompt=prompt, group=group, target=0.0, kind="mismatched"))
-    return result
-
-
-def spliced(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    """The first half of each response, then the second half of someone else's: a small share of the target."""
-    result = []
-    for pair in pairs:
-        other = rng.choice(pairs)
-        if other.group != pair.group:
-            words, foreign = pair.response.split(), other.response.split()
-            text = " ".join(words[: (len(words) + 1) // 2] + foreign[len(foreign) // 2 :])
-            result.append(replace(pair, response=text, target=SPLICED_SHARE * pair.target, kind="spliced"))
     return result
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -125,6 +127,25 @@ def make_seq2seq_model() -> Callable[..., PreTrainedModel]:
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_word_encoder() -> Callable[..., str]:
+    """Factory: `save_word_encoder(folder, words)`, a random 1-layer BERT whose tokens are words, saved like a hub model."""
+
+    def save(folder: Path, words: Sequence[str], positions: int = 128) -> str:
+        names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
+        backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            BertModel(BertConfig(vocab_size=len(names), max_position_embeddings=positions, **sizes)).save_pretrained(folder)
+        return str(folder)
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from emorl.objectives.text import ngrams
+from emorl.objectives.text import Repetition, ngrams
 
 _CLITIC = r"'(?:s|re|ve|ll|d|m)(?!\w|-(?!-))"
 _NEGATION = r"n't(?!\w|-(?!-))"
@@ -79,11 +79,7 @@ def edit_rate(prompts: Sequence[str], completions: Sequence[str]) -> float:
 
 def repeated_trigrams(completions: Sequence[str]) -> float:
     """Mean share of word trigrams that repeat an earlier one of the same completion; in [0, 1), higher is worse."""
-    return statistics.fmean(_repeated_share(ngrams(completion, 3)) for completion in completions)
-
-
-def _repeated_share(found: Sequence[tuple[str, ...]]) -> float:
-    return 1 - len(set(found)) / len(found) if found else 0.0
+    return 1 - statistics.fmean(Repetition(n=3)(completions, completions))
 
 
 def mean_words(completions: Sequence[str]) -> float:

@@ -32,6 +32,7 @@ def systems_alike(hacking: Mapping[str, Any]) -> list[str]:
 
 def hacking_warnings(hacking: Mapping[str, Any]) -> list[str]:
     """One line per objective with findings, and one per system with nearly one answer for everyone."""
+    alike = systems_alike(hacking)
     found = {check["objective"]: objective_findings(check) for check in hacking["objectives"]}
     return [
         *(f"{name}: {'; '.join(findings)}" for name, findings in found.items() if findings),
@@ -39,6 +40,6 @@ def hacking_warnings(hacking: Mapping[str, Any]) -> list[str]:
             f"{name}: {system['opening_share']:.0%} of its answers begin “{system['opening']}”, "
             f"{system['near_duplicates']:.0%} have a near-duplicate"
             for name, system in hacking["systems"].items()
-            if name in systems_alike(hacking)
+            if name in alike
         ),
     ]

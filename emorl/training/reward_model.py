@@ -39,6 +39,7 @@ from emorl.objectives.joint_encoding import encode_jointly
 from emorl.progress import Bar, Progress, Silent
 from emorl.reward_experiment import RewardExperiment
 from emorl.runs import Cost, Run, only_process, open_run, read_json, write_json
+from emorl.training.calibration import calibrate, calibrated
 from emorl.training.checkpoints import last_complete_checkpoint
 from emorl.training.reward_card import measure, save_model
 from emorl.training.reward_data import Graded, GradedData, compared, load_graded
@@ -305,43 +306,6 @@ def predict(model: Any, tokenizer: Any, rows: Sequence[Graded], batch_size: int 
         inputs = _encode(tokenizer, [rows[index] for index in part]).to(model.device)
         logits[part] = model(**inputs).logits.float().cpu()
     return logits
-
-
-def calibrate(logits: Tensor, targets: Tensor, joint: bool) -> list[list[float]]:
-    """[slope, offset] of each output's logit, with the lowest cross-entropy on these rows; slopes are positive.
-
-    Args:
-        logits: (N, outputs).
-        targets: (N, outputs) in [0, 1].
-        joint: outputs are classes under a softmax, which get one common slope (temperature scaling, Guo et al. 2017); otherwise
-            each has a slope and offset of its own (Platt 1999).
-    """
-    outputs = logits.shape[1]
-    log_slope = torch.zeros(1 if joint else outputs, requires_grad=True)
-    offset = torch.zeros(outputs, requires_grad=not joint)
-    optimizer = torch.optim.LBFGS([log_slope] if joint else [log_slope, offset], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        scaled = logits * log_slope.exp() + offset
-        value = (
-            functional.cross_entropy(scaled, targets.argmax(1))
-            if joint
-            else functional.binary_cross_entropy_with_logits(scaled, targets)
-        )
-        value.backward()
-        return value
-
-    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    slopes = log_slope.detach().exp().clamp(1e-2, 1e2).expand(outputs)  # separable rows would drive it to infinity
-    return torch.stack([slopes, offset.detach()], 1).tolist()
-
-
-def calibrated(logits: Tensor, calibration: Sequence[Sequence[float]], loss: str) -> Tensor:
-    """Scores (N, outputs) in [0, 1], as the objective `classifier` gives them."""
-    slopes, offsets = torch.tensor(calibration).T
-    scaled = logits * slopes + offsets
-    return scaled.softmax(1) if loss == "classification" else scaled.sigmoid()
 
 
 class _BarCallback(TrainerCallback):

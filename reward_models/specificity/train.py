@@ -19,7 +19,8 @@ from torch.nn import functional
 from emorl.evaluation.agreement import auc
 from emorl.objectives import Specificity
 from emorl.runs import write_json, write_text
-from emorl.training.reward_model import MODEL_DIRECTORY, calibrate
+from emorl.training.calibration import calibrate
+from emorl.training.reward_model import MODEL_DIRECTORY
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import finish, run
 from reward_models.dialogues import SOURCES, responses, within_source

@@ -6,9 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from reward_models.agreement import attack_table, best_fixed_response
 from reward_models.coherence import train as coherence
@@ -51,19 +48,9 @@ PAIRS = [pair(topic) for topic in TOPICS]
 
 
 @pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random 1-layer BERT over words, saved like a hub model."""
-    folder = tmp_path_factory.mktemp("encoder")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, save_word_encoder) -> str:
     words = sorted({word for p in PAIRS for word in f"{p.prompt} {p.response}".replace(".", " .").split()})
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(names), max_position_embeddings=128, **sizes)).save_pretrained(folder)
-    return str(folder)
+    return save_word_encoder(tmp_path_factory.mktemp("encoder"), words)
 
 
 def test_no_group_and_no_prompt_is_on_both_sides_of_a_split() -> None:

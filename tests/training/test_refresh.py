@@ -4,9 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from emorl.cli import main
 from emorl.config import to_yaml
@@ -22,15 +19,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def experiment(tmp_path, tiny_base_dir):
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "say", "yes", "no"]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path / "bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(names), max_position_embeddings=128, **sizes)).save_pretrained(tmp_path / "bert")
+def experiment(tmp_path, tiny_base_dir, save_word_encoder):
+    save_word_encoder(tmp_path / "bert", ["say", "yes", "no"])
     rows = [
         {"prompt": f"say {n}", "response": word, "stars": stars} for n in range(20) for word, stars in (("yes", 5), ("no", 1))
     ]

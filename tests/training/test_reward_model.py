@@ -8,16 +8,16 @@ import re
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel
 
 from emorl.cli import main
 from emorl.config import UserError, to_yaml
 from emorl.evaluation.agreement import auc, calibration_error, ordered_share, rank_correlation
 from emorl.objectives import Classifier
 from emorl.reward_experiment import RewardDataConfig, RewardExperiment, load_reward_experiment
+from emorl.training.calibration import calibrate
 from emorl.training.reward_data import compared, load_graded
-from emorl.training.reward_model import calibrate, margin_loss, read_figures, train_reward
+from emorl.training.reward_model import margin_loss, read_figures, train_reward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed
@@ -28,19 +28,9 @@ TRAINING = {"learning_rate": 5e-3, "num_train_epochs": 20, "per_device_train_bat
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A random 1-layer BERT over words, saved like a hub model."""
-    folder = tmp_path_factory.mktemp("encoder")
+def encoder(tmp_path_factory, save_word_encoder):
     words = ["you", "are", "ask", "about", *GRADES, *(f"thing{i}" for i in range(12))]
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(names), max_position_embeddings=256, **sizes)).save_pretrained(folder)
-    return str(folder)
+    return save_word_encoder(tmp_path_factory.mktemp("encoder"), words, positions=256)
 
 
 def rows():
