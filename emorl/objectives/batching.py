@@ -1,9 +1,13 @@
-"""Length-sorted batches for objectives that run a model, and the longest input it can read."""
+"""What objectives that run a model share: loading it, the longest input it can read, length-sorted batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+DTYPES = ("auto", "float32", "bfloat16")
 
 SPREAD = 1.3  # longest / shortest in a batch: of 256 dialogue turns by 64, a fifth of the tokens is padding instead of 44 %
 FIXED = 40  # characters: about what special tokens and a chat template add to every pair
@@ -36,6 +40,14 @@ def similar_lengths(pairs: Iterable[Pair], batch_size: int) -> Iterator[list[Pai
 
 def _size(pair: Pair) -> int:
     return FIXED + len(pair[0]) + len(pair[1])
+
+
+def load_scorer(kind: Any, model: str, dtype: str) -> Any:
+    """A model of the auto class `kind`, from safetensors, to be read and never trained, where it runs fastest."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    loaded = kind.from_pretrained(model, use_safetensors=True, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
 def longest_input(model: PreTrainedModel) -> int | None:

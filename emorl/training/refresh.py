@@ -4,7 +4,8 @@
 A round: train a policy on the reward model by GRPO; take what the policy says, word for word, to several prompts, and its
 answers under other people's prompts; add both as rows of the lowest grade; go on training the reward model with them.
 Every step is a run of its own below OUTPUT/round-N, so that a killed refresh continues where it was. Before and after are
-compared on the same texts and on the validation rows, which never change.
+compared on the added rows, on rows made alike from what the policy says to the experiment's validation prompts, which are
+never trained on, and on the reward model's validation rows, which never change.
 """
 
 import json
@@ -36,8 +37,8 @@ REPEATED, MISMATCHED = "repeated", "mismatched"
 
 
 def refresh(experiment: RefreshExperiment, progress: Progress | None = None) -> Path:
-    """Runs all rounds; returns the directory with `result.json`: per round the policy's training, what was added, its mean
-    scores before and after, and the validation figures before and after.
+    """Runs all rounds; returns the directory with `result.json`: per round the policy's training, what was added, mean
+    scores of the added and of the held-out rows before and after, and the validation figures before and after.
 
     Raises:
         UserError: as `train_reward` and `train`.
@@ -68,20 +69,24 @@ def _round(experiment: RefreshExperiment, reward: RewardExperiment, folder: Path
     [name] = experiment.policy.objectives
     policy = _policy(experiment.policy, reward, folder)
     train(policy, name, progress)
-    added = folder / "negatives.jsonl"
-    if not added.exists():
-        _write_lines(added, _negatives(experiment, policy))
-    rows = [json.loads(line) for line in added.read_text(encoding="utf-8").splitlines()]
+    found = {part: folder / f"{part}.jsonl" for part in ("negatives", "held_out")}
+    if not all(path.exists() for path in found.values()):
+        _find(experiment, policy, found)
+    added, held_out = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in found.values())
     after = _refreshed(experiment, reward, folder)
     if not (folder / "graded.jsonl").exists():
-        _write_tables(reward, rows, folder)
+        _write_tables(reward, added, folder)
     train_reward(after, progress)
     trained = read_json(policy.training_of(name) / "result.json")
+    refreshed = _policy(experiment.policy, after, folder)
     return {
         "policy": {key: trained[key] for key in ("base_reward", "reward", "base_distinct_share", "distinct_share", "kl")},
-        "added": dict(Counter(row["kind"] for row in rows)),
-        "scores_before": _mean_scores(policy, name, rows),
-        "scores_after": _mean_scores(_policy(experiment.policy, after, folder), name, rows),
+        "added": dict(Counter(row["kind"] for row in added)),
+        "held_out": dict(Counter(row["kind"] for row in held_out)),
+        "added_before": _mean_scores(policy, name, added),
+        "added_after": _mean_scores(refreshed, name, added),
+        "held_out_before": _mean_scores(policy, name, held_out),
+        "held_out_after": _mean_scores(refreshed, name, held_out),
         "validation_before": read_figures(reward.output),
         "validation_after": read_figures(after.output),
     }
@@ -137,15 +142,16 @@ def _write_lines(path: Path, rows: Sequence[Row]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _negatives(experiment: RefreshExperiment, policy: Experiment) -> list[Row]:
-    """What the trained policy says to several training prompts alike, and its answers under other prompts."""
+def _find(experiment: RefreshExperiment, policy: Experiment, found: dict[str, Path]) -> None:
+    """Writes what the trained policy says wrongly: to training prompts (to be added) and to validation prompts."""
     base = load_base(policy.base)
-    prompts = list(load_prompts(policy.data, policy.seed, is_chat(base.tokenizer)).train["prompt"])
+    prompts = load_prompts(policy.data, policy.seed, is_chat(base.tokenizer))
     [directory] = policy_directories(policy).values()
     trained = PeftModel.from_pretrained(base.model, str(directory)).eval()
-    table = generate(trained, base.tokenizer, prompts, policy.generation, seed=policy.seed)
-    said = [(prompt, text) for prompt, text in zip(table["prompt"], table["completion"], strict=True) if text.strip()]
-    return negatives(said, experiment.negatives, policy.seed)
+    for part, asked in (("negatives", prompts.train), ("held_out", prompts.validation)):
+        table = generate(trained, base.tokenizer, list(asked["prompt"]), policy.generation, seed=policy.seed)
+        said = [(prompt, text) for prompt, text in zip(table["prompt"], table["completion"], strict=True) if text.strip()]
+        _write_lines(found[part], negatives(said, experiment.negatives, policy.seed))
 
 
 def negatives(said: Sequence[tuple[str, str]], most: int, seed: int) -> list[Row]:

@@ -59,6 +59,16 @@ def test_a_labels_probability_and_its_complement(save_classifier):
     assert len(set(warm)) == 3
 
 
+def test_the_precision_can_be_chosen(save_classifier, tiny_base_dir):
+    classifier, language_model = save_classifier(["quality"]), str(tiny_base_dir)
+    for make in (lambda dtype: Classifier(classifier, dtype=dtype), lambda dtype: Likelihood(language_model, dtype=dtype)):
+        exact, saved, rough = (make(dtype)(PROMPTS, TEXTS) for dtype in ("float32", "auto", "bfloat16"))
+        assert exact == saved
+        assert 0 < max(abs(a - b) for a, b in zip(exact, rough, strict=True)) < 0.02
+    with pytest.raises(ValueError, match="dtype is one of auto, float32, bfloat16, got 'float8'"):
+        Likelihood(language_model, dtype="float8")
+
+
 def test_without_the_prompt_only_the_completion_matters(save_classifier):
     path = save_classifier(["quality"])
     alone = Classifier(path, with_prompt=False)

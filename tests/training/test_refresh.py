@@ -8,6 +8,7 @@ import pytest
 from emorl.cli import main
 from emorl.config import to_yaml
 from emorl.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.reporting.reward_tables import refresh_table
 from emorl.reward_experiment import RefreshExperiment, RewardDataConfig, RewardExperiment
 from emorl.training.refresh import MISMATCHED, REPEATED, negatives, read_rounds, refresh
 from emorl.training.reward_data import load_graded
@@ -38,7 +39,7 @@ def experiment(tmp_path, tiny_base_dir, save_word_encoder):
     policy = Experiment(
         output=tmp_path / "refresh",
         base=BaseConfig(model=str(tiny_base_dir)),
-        data=DataConfig(path=str(tmp_path / "prompts.jsonl"), validation=2, test=2),
+        data=DataConfig(path=str(tmp_path / "prompts.jsonl"), validation=6, test=2),
         objectives={"yes": ObjectiveConfig(function="classifier")},
         generation={"max_new_tokens": 4, "do_sample": False},
         train=TrainConfig(lora={"r": 2, "target_modules": ["q_proj"]}, grpo=grpo),
@@ -65,11 +66,18 @@ def test_two_rounds_through_the_command_line(experiment, tmp_path, capsys):
     assert "| 2 | validation: AUC above the lowest label |" in capsys.readouterr().out
     rounds = read_rounds(tmp_path / "refresh")
     assert len(rounds) == 2
+    [(kind, score)] = list(rounds[0]["held_out_before"].items())[:1]
+    assert f"{kind} outputs to validation prompts | {score:.3f} |" in refresh_table(rounds)
     assert rounds[0]["validation_after"] == rounds[1]["validation_before"]
-    assert rounds[0]["scores_before"].keys() == rounds[0]["added"].keys()
+    assert rounds[0]["added_before"].keys() == rounds[0]["added_after"].keys() == rounds[0]["added"].keys()
+    assert rounds[0]["held_out_before"].keys() == rounds[0]["held_out_after"].keys() == rounds[0]["held_out"].keys()
     first = load_graded(experiment.reward)
-    added = [json.loads(line) for line in (tmp_path / "refresh" / "round-1" / "negatives.jsonl").read_text().splitlines()]
-    table = [json.loads(line) for line in (tmp_path / "refresh" / "round-1" / "graded.jsonl").read_text().splitlines()]
+    added, held_out, table = (
+        [json.loads(line) for line in (tmp_path / "refresh" / "round-1" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("negatives", "held_out", "graded")
+    )
+    assert held_out
+    assert not {row["prompt"] for row in held_out} & {row["prompt"] for row in added}
     assert len(table) == len(first.training) + len(added)
     assert {row["stars"] for row in table[len(first.training) :]} == {1.0}
     assert {row["stars"] for row in table[: len(first.training)]} == {1.0, 5.0}
