@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-_MULTIPLE = 16  # few different lengths: kernels made for a length are made once
+_MULTIPLE = 8  # few different lengths: kernels made for a length are made once
 
 
 def encode_jointly(
     tokenizer: PreTrainedTokenizerBase, completions: Sequence[str], prompts: Sequence[str] | None
 ) -> BatchEncoding:
-    """Token ids (B, T), padded on the right and cut at `tokenizer.model_max_length`; T is a multiple of 16 where that is.
+    """Token ids (B, T), padded on the right and cut at `tokenizer.model_max_length`; T is a multiple of 8 where that is.
 
     With a chat template (decoders) the two are a user and an assistant turn, otherwise (encoders) a pair of segments.
     Without prompts the completion stands alone.
