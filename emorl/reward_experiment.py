@@ -68,7 +68,8 @@ class RewardExperiment:
     group_size: int = Field(default=16, ge=2)
     """ranking: most responses of a group in one step; larger groups are cut into parts"""
     patience: int = Field(default=2, ge=1)
-    """stop after this many validations without a lower loss; the best checkpoint is kept"""
+    """stop after this many validations without a lower loss (after calibration, but for rankings); the best checkpoint is
+    kept"""
     seed: int = 0
     """seed of the split, of new layers and of the order of batches"""
     training: dict[str, Any] = Field(default_factory=dict)

@@ -79,29 +79,19 @@ class Guarded:
     """Scores in [0, 1]: the classifier's score x what `Guard` says.
 
     Args:
-        model: a folder that a `train.py` here wrote.
-        labels: outputs of the classifier that are averaged; the only one by default.
-        factor: the average is multiplied by it, and at most 1.
+        model: a folder that a `train.py` here wrote, with a classifier of one output.
         bank, encoder: as in `Guard`.
     """
 
     range: ClassVar = (0.0, 1.0)
 
-    def __init__(
-        self,
-        model: str,
-        labels: Sequence[str] | None = None,
-        factor: float = 1.0,
-        bank: str | None = None,
-        encoder: str | None = None,
-    ) -> None:
+    def __init__(self, model: str, bank: str | None = None, encoder: str | None = None) -> None:
         self._guard = Guard(model, bank, encoder)
-        self._classifier = Classifier(model, label=labels)
-        self._factor = factor
+        self._classifier = Classifier(model)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         forms, guards = self._classifier(prompts, completions), self._guard(prompts, completions)
-        return [min(1.0, self._factor * form) * guard for form, guard in zip(forms, guards, strict=True)]
+        return [form * guard for form, guard in zip(forms, guards, strict=True)]
 
 
 def copied_share(prompt: str, response: str) -> float:

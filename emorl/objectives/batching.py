@@ -1,7 +1,7 @@
 """What objectives that run a model share: loading it, the longest input it can read, length-sorted batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,11 +14,12 @@ FIXED = 40  # characters: about what special tokens and a chat template add to e
 _CHARACTERS = 64 * 1024  # of a batch with its padding: few long texts at once
 
 Pair = tuple[str, str]
+S = TypeVar("S")
 
 
-def score_in_batches(pairs: Sequence[Pair], score: Callable[[Sequence[Pair]], list[float]], batch_size: int) -> list[float]:
+def score_in_batches(pairs: Sequence[Pair], score: Callable[[Sequence[Pair]], list[S]], batch_size: int) -> list[S]:
     """Scores (prompt, completion) pairs, each distinct pair once, in batches of similar length; in the given order."""
-    scores: dict[Pair, float] = {}
+    scores: dict[Pair, S] = {}
     for batch in similar_lengths(set(pairs), batch_size):
         scores.update(zip(batch, score(batch), strict=True))
     return [scores[pair] for pair in pairs]

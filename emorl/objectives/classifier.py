@@ -59,12 +59,16 @@ class Classifier:
         self._slopes, self._offsets = torch.tensor(calibration, device=self._model.device).T  # (labels,) each
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [sum(row) / len(row) for row in self.probabilities(prompts, completions)]
+
+    def probabilities(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[float]]:
+        """The probability of each wanted label, a row for each completion."""
         texts = [completion_text(completion) for completion in completions]
         pairs = list(zip(map(prompt_text, prompts), texts, strict=True))
-        return score_in_batches(pairs, self._probabilities, self._batch_size)
+        return score_in_batches(pairs, self._batch, self._batch_size)
 
     @torch.no_grad()
-    def _probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def _batch(self, pairs: Sequence[tuple[str, str]]) -> list[list[float]]:
         prompts, completions = ([self._beginning(text) for text in side] for side in zip(*pairs, strict=True))
         inputs = encode_jointly(self._tokenizer, completions, prompts if self._with_prompt else None)
         if not self._has_cut and any(encoding.overflowing for encoding in inputs.encodings or ()):
@@ -72,7 +76,7 @@ class Classifier:
             logger.warning("classifier: a text longer than the model's %d tokens was cut (said once)", self._longest)
         logits = self._model(**inputs.to(self._model.device)).logits.float() * self._slopes + self._offsets  # (B, labels)
         probabilities = logits.sigmoid() if self._independent else logits.softmax(-1)
-        return probabilities[:, self._columns].mean(1).tolist()
+        return probabilities[:, self._columns].tolist()
 
     def _beginning(self, text: str) -> str:
         """As many tokens of a very long text as the model reads: cutting pairs takes time that grows with the cut, squared."""

@@ -4,8 +4,8 @@ Prompt and response are encoded jointly. Losses: binary cross-entropy on graded 
 pairwise margin of PAIR (Min et al., EMNLP 2022), to which binary cross-entropy is added by default, because a margin inside
 groups alone says nothing about scores of different prompts. A decoder with the margin alone goes through trl's
 RewardTrainer (its logistic margin), everything else through transformers' Trainer. The checkpoint with the lowest
-validation loss is kept and its logits are calibrated on the validation rows, so that the registered objective
-`classifier` gives scores in [0, 1] that mean what the labels mean.
+validation loss is kept (without a margin: the loss after calibration) and its logits are calibrated on the validation
+rows, so that the registered objective `classifier` gives scores in [0, 1] that mean what the labels mean.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     EarlyStoppingCallback,
+    EvalPrediction,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -39,7 +40,7 @@ from emorl.objectives.joint_encoding import encode_jointly
 from emorl.progress import Bar, Progress, Silent
 from emorl.reward_experiment import RewardExperiment
 from emorl.runs import Cost, Run, only_process, open_run, read_json, write_json
-from emorl.training.calibration import calibrate, calibrated
+from emorl.training.calibration import calibrate, calibrated, calibrated_loss
 from emorl.training.checkpoints import last_complete_checkpoint
 from emorl.training.reward_card import measure, save_model
 from emorl.training.reward_data import Graded, GradedData, compared, load_graded
@@ -133,7 +134,7 @@ def _arguments(experiment: RewardExperiment, pairwise: bool) -> TrainingArgument
         "output_dir": str(experiment.output / CHECKPOINTS),
         "seed": experiment.seed,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
+        "metric_for_best_model": "eval_loss" if experiment.loss == "ranking" else "eval_calibrated_loss",
         "greater_is_better": False,
         "remove_unused_columns": False,
         "label_names": ["targets"],
@@ -213,6 +214,7 @@ def _trainer(
         train_dataset=lists[0],  # type: ignore[arg-type]
         eval_dataset=lists[1],  # type: ignore[arg-type]
         data_collator=partial(_collate, tokenizer),
+        compute_metrics=None if experiment.loss == "ranking" else partial(_metrics, experiment.loss == "classification"),
     )
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: accumulation must divide it
     return trainer
@@ -238,6 +240,11 @@ def _collate(tokenizer: Any, lists: Sequence[Sequence[Graded]]) -> dict[str, Any
 def _encode(tokenizer: Any, rows: Sequence[Graded]) -> Any:
     prompts = [row.prompt for row in rows if row.prompt is not None]
     return encode_jointly(tokenizer, [row.response for row in rows], prompts or None)
+
+
+def _metrics(joint: bool, predicted: EvalPrediction) -> dict[str, float]:
+    logits, targets = (torch.as_tensor(values).float() for values in (predicted.predictions, predicted.label_ids))
+    return {"calibrated_loss": calibrated_loss(logits, targets, joint)}
 
 
 class RewardModelTrainer(Trainer):

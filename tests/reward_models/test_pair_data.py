@@ -142,8 +142,10 @@ def test_reflection_targets_follow_the_labels() -> None:
     ]
 
 
-@pytest.mark.parametrize(("levels", "target"), [((0, 0, 0), 0.0), ((1, 0, 0), 0.25), ((0, 2, 2), 1.0), ((2, 2, 2), 1.0)])
-def test_empathy_targets_are_the_sum_over_4(levels: tuple[int, int, int], target: float) -> None:
+@pytest.mark.parametrize(
+    ("levels", "target"), [((0, 0, 0), 0.0), ((1, 0, 0), 0.25), ((0, 2, 2), 0.75), ((2, 2, 0), 1.0), ((2, 2, 2), 1.0)]
+)
+def test_empathy_targets_are_the_weighted_sum_over_4(levels: tuple[int, int, int], target: float) -> None:
     row = {"seeker": "s", "response": "r", **dict(zip(MECHANISMS, levels, strict=True))}
     assert empathy.epitome_examples([row])[0].target == target
 

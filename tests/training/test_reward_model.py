@@ -8,14 +8,14 @@ import re
 import pytest
 import torch
 import yaml
-from transformers import BertModel
+from transformers import BertForSequenceClassification, BertModel
 
 from emorl.cli import main
 from emorl.config import UserError, to_yaml
 from emorl.evaluation.agreement import auc, calibration_error, ordered_share, rank_correlation
 from emorl.objectives import Classifier
 from emorl.reward_experiment import RewardDataConfig, RewardExperiment, load_reward_experiment
-from emorl.training.calibration import calibrate
+from emorl.training.calibration import calibrate, calibrated_loss
 from emorl.training.reward_data import compared, load_graded
 from emorl.training.reward_model import margin_loss, read_figures, train_reward
 
@@ -124,6 +124,20 @@ def test_a_finished_run_is_skipped_and_an_interrupted_one_goes_on(make):
         train_reward(make("regression", "grade"))
 
 
+@pytest.mark.parametrize(("loss", "label"), [("regression", "grade"), ("classification", "kind")])
+def test_the_kept_checkpoint_has_the_lowest_loss_after_calibration(make, loss, label):
+    training = {**TRAINING, "num_train_epochs": 3, "learning_rate": 0.05, "save_total_limit": None}
+    run = train_reward(make(loss, label, training=training))
+    losses = [entry["eval_calibrated_loss"] for entry in json.loads((run / "result.json").read_text())["log"]
+              if "eval_calibrated_loss" in entry]  # fmt: skip
+    assert len(losses) == 3
+    best = sorted(run.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))[
+        losses.index(min(losses))
+    ]
+    kept, saved = (BertForSequenceClassification.from_pretrained(folder).state_dict() for folder in (run / "model", best))
+    assert all(torch.equal(kept[name], saved[name]) for name in kept)
+
+
 def test_same_seed_same_model(make, tmp_path):
     folders = [train_reward(make("ranking", "grade", output=tmp_path / name)) / "model" for name in ("one", "two")]
     assert graded_scores(folders[0]) == graded_scores(folders[1])
@@ -148,6 +162,19 @@ def test_the_margin_loss_is_zero_where_every_pair_is_far_enough_apart():
     assert margin_loss(scores[3:], grades[3:], group[3:], 4.0) == 0
 
 
+def test_overconfidence_is_no_loss_after_calibration():
+    torch.manual_seed(0)
+    targets = torch.rand(200, 2).round()
+    logits = targets * 2 - 1 + torch.randn(200, 2)
+    left = calibrated_loss(logits, targets, joint=False)
+    assert calibrated_loss(logits * 7 + 3, targets, joint=False) == pytest.approx(left, abs=1e-4)
+    assert left < torch.nn.functional.binary_cross_entropy_with_logits(logits * 7, targets).item() - 0.1
+    assert calibrated_loss(torch.randn(200, 2), targets, joint=False) > left
+    assert calibrated_loss(logits * 7, targets, joint=True) == pytest.approx(
+        calibrated_loss(logits, targets, joint=True), abs=1e-4
+    )
+
+
 def test_calibration_undoes_a_scale_and_shift_of_the_logits():
     torch.manual_seed(0)
     logits = torch.randn(4000, 1)
@@ -161,6 +188,16 @@ def test_calibration_undoes_a_scale_and_shift_of_the_logits():
     calibration = calibrate(classes * 3, one_hot, joint=True)
     assert [row[0] for row in calibration] == pytest.approx([1 / 3] * 3, rel=0.1)
     assert [row[1] for row in calibration] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("joint", [False, True])
+def test_separable_rows_and_a_label_that_never_occurs_can_be_calibrated(scale, joint):
+    targets = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]] if joint else [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    logits = scale * torch.tensor([[2.0, -1.0], [-2.0, -3.0], [3.0, 1.0]])
+    calibration = torch.tensor(calibrate(logits, targets, joint))
+    assert torch.isfinite(calibration).all()
+    assert (calibration[:, 0] > 0).all()
 
 
 def test_groups_are_never_split_and_never_compared_with_others(make):
