@@ -71,7 +71,7 @@ def train_reward(experiment: RewardExperiment, progress: Progress | None = None)
 
 
 def _train(experiment: RewardExperiment, data: GradedData, arguments: TrainingArguments, run: Run, progress: Progress) -> Path:
-    started = time.perf_counter()
+    spent = _SecondsCallback(run)
     progress.say(
         f"reward model: {len(data.training)} rows to train on, {len(data.validation)} to validate, of {experiment.model}"
     )
@@ -84,13 +84,14 @@ def _train(experiment: RewardExperiment, data: GradedData, arguments: TrainingAr
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
     with progress.bar("train reward model", steps) as bar:
         trainer.add_callback(_BarCallback(bar))
+        trainer.add_callback(spent)
         trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     targets = torch.tensor([row.targets for row in data.validation])  # (N, outputs)
     logits = predict(model, tokenizer, data.validation)
     model.config.calibration = calibrate(logits, targets, joint=experiment.loss == "classification")
     figures = measure(experiment, data, calibrated(logits, model.config.calibration, experiment.loss))
-    run = run.add_cost(Cost(seconds=time.perf_counter() - started))
+    run = spent.flush()
     save_model(model, tokenizer, run.path / MODEL_DIRECTORY, experiment, data, figures, run.cost.seconds)
     write_json(run.path / "result.json", {"figures": figures, "log": trainer.state.log_history})
     run.finish()
@@ -329,3 +330,19 @@ class _BarCallback(TrainerCallback):
             note = f"loss {float(logs['loss']):.3f}  validation {self._validation:.3f}"
             self._bar.advance(state.global_step - self._shown, note)
             self._shown = state.global_step
+
+
+class _SecondsCallback(TrainerCallback):
+    """Adds the time spent to the run at every validation, so that a kill loses little of it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._since = run, time.perf_counter()
+
+    def flush(self) -> Run:
+        now = time.perf_counter()
+        self._run = self._run.add_cost(Cost(seconds=now - self._since))
+        self._since = now
+        return self._run
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.flush()

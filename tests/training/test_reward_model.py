@@ -138,6 +138,21 @@ def test_the_kept_checkpoint_has_the_lowest_loss_after_calibration(make, loss, l
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
 
 
+def test_the_time_before_a_kill_stays_counted(make, monkeypatch):
+    experiment = make("regression", "grade", training={**TRAINING, "num_train_epochs": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("emorl.training.reward_model.calibrate", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_reward(experiment)
+    before = json.loads((experiment.output / "cost.json").read_text())["seconds"]
+    assert before > 0
+    assert json.loads((train_reward(experiment) / "cost.json").read_text())["seconds"] > before
+
+
+def _interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
 def test_same_seed_same_model(make, tmp_path):
     folders = [train_reward(make("ranking", "grade", output=tmp_path / name)) / "model" for name in ("one", "two")]
     assert graded_scores(folders[0]) == graded_scores(folders[1])
