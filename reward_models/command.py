@@ -22,6 +22,12 @@ TRAINING = {"learning_rate": 2e-4, "num_train_epochs": 4}
 FAST_ON_CPU = {"attn_implementation": "eager", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """MiniLM trains 1.8 times faster so; a frozen layer and early stopping hold overfitting back instead of dropout"""
 _HEADING = "## Measured on data held out by this script"
+_OBJECTIVE = """These figures are of the objective below; train policies on it. The bare `classifier`, where this card names
+one, is not guarded against sentences that fit everyone.
+
+```yaml
+{name}: {{function: "{objective}", model: {folder}}}
+```"""
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,12 @@ def train_rows(arguments: argparse.Namespace, rows: Rows, settings: dict[str, An
     return train_reward(experiment, Console()) / MODEL_DIRECTORY
 
 
-def finish(folder: Path, figures: dict[str, float]) -> None:
-    """Adds the figures to `metrics.json` and the model card, and prints them."""
+def finish(folder: Path, objective: str, figures: dict[str, float]) -> None:
+    """Adds the figures and how to use `objective` to `metrics.json` and the model card, and prints them."""
     write_json(folder / "metrics.json", {**read_json(folder / "metrics.json"), **figures})
     card = (folder / "README.md").read_text(encoding="utf-8").partition(_HEADING)[0].rstrip()
-    write_text(folder / "README.md", f"{card}\n\n{_HEADING}\n\n{figures_table(figures)}\n")
+    use = _OBJECTIVE.format(name=folder.resolve().parent.name, objective=objective, folder=folder)
+    write_text(folder / "README.md", f"{card}\n\n{_HEADING}\n\n{use}\n\n{figures_table(figures)}\n")
     print(f"{figures_table(figures)}\nsaved to {folder}")
 
 

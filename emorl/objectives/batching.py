@@ -1,6 +1,7 @@
 """What objectives that run a model share: loading it, the longest input it can read, length-sorted batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -47,8 +48,20 @@ def load_scorer(kind: Any, model: str, dtype: str) -> Any:
     """A model of the auto class `kind`, from safetensors, to be read and never trained, where it runs fastest."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    folder = Path(model)
+    if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(f"no folder {model!r}; a hub id has at most one slash")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inside = folder / "model"
+        hint = f"; did you mean {str(inside)!r}?" if (inside / "config.json").is_file() else ""
+        raise ValueError(f"folder {model!r} holds no model (no config.json){hint}")
     loaded = kind.from_pretrained(model, use_safetensors=True, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+
+def batch_tolerance(model: PreTrainedModel) -> float:
+    """How far a score in [0, 1] may move with the batch it is computed in: other kernels, other rounding."""
+    return 1e-4 if model.dtype == torch.float32 else 2e-2
 
 
 def longest_input(model: PreTrainedModel) -> int | None:

@@ -17,7 +17,6 @@ from emorl.objectives.scale import interval
 
 NORMAL = "normal"
 TOGETHER = "all in one batch"
-_TOLERANCE = 1e-4  # between a score alone and in a batch: padding and other kernels change the last digits
 _ANSWER = "It sounds like this has been hard for you, and you want it to change."
 _LONG = " ".join((_ANSWER.split() * 400)[:5000])
 _COMPLETIONS = {
@@ -151,12 +150,12 @@ def _judged(
         problems.append(f"raw score {raw:g} is outside the range {interval(objective.scale.range)}")
     if again != found:
         problems.append(f"another score when asked again: {raw} and then {again if isinstance(again, str) else again[0]}")
-    elif not _same(raw, others.get(name, raw)):
+    elif not _same(raw, others.get(name, raw), objective.batch_tolerance):
         problems.append(f"another score in a batch: {raw} alone, {others[name]} with others")
     return CaseResult(name, raw, None if raw is None else objective.scale.score(raw), tuple(problems))
 
 
-def _same(one: float | None, other: float | None) -> bool:
+def _same(one: float | None, other: float | None, tolerance: float) -> bool:
     if one is None or other is None:
         return one is other
-    return math.isclose(one, other, rel_tol=0, abs_tol=_TOLERANCE)
+    return math.isclose(one, other, rel_tol=0, abs_tol=tolerance)

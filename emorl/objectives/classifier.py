@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from emorl.config import nearest
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import load_scorer, longest_input, score_in_batches
+from emorl.objectives.batching import batch_tolerance, load_scorer, longest_input, score_in_batches
 from emorl.objectives.joint_encoding import encode_jointly
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Classifier:
         with_prompt: encode (prompt, completion) as a pair; False reads the completion alone.
         batch_size: completions per forward pass; they are sorted by length first.
         dtype: `auto` computes as the weights were saved; `bfloat16` is faster in batches where the processor multiplies in
-            it (benchmarks/README.md) and moves scores by about 0.001; `float32`.
+            it (benchmarks/README.md) and moves scores by a few thousandths; `float32`.
 
     >>> Classifier("org/toxicity", label="non-toxic")(prompts=["Hi"], completions=["Hello!"])  # doctest: +SKIP
     [0.98]
@@ -44,8 +44,9 @@ class Classifier:
         batch_size: int = 64,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     ) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = load_scorer(AutoModelForSequenceClassification, model, dtype)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self.batch_tolerance = batch_tolerance(self._model)
         self._with_prompt = with_prompt
         self._batch_size = batch_size
         config = self._model.config
@@ -88,7 +89,7 @@ class Classifier:
 
 def _label_index(model: str, id2label: dict[int, str], label: str | None) -> int:
     """The wanted label's column."""
-    if len(id2label) == 1:
+    if label is None and len(id2label) == 1:
         return 0
     names = {name: index for index, name in id2label.items()}
     if label is None:

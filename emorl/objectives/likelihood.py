@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import load_scorer, longest_input, score_in_batches
+from emorl.objectives.batching import batch_tolerance, load_scorer, longest_input, score_in_batches
 from emorl.objectives.text import quoted_share, repeated_share
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Likelihood:
         minimum_words: distinct words that are full evidence; 0 for languages written without spaces.
         batch_size: completions per forward pass; they are sorted by length first.
         dtype: `auto` computes as the weights were saved; `bfloat16` is faster in batches where the processor multiplies in
-            it (benchmarks/README.md) and moves scores by about 0.001; `float32`.
+            it (benchmarks/README.md) and moves scores by a few thousandths; `float32`.
     """
 
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -74,8 +74,9 @@ class Likelihood:
             raise ValueError(f"likelihood: expected 1 <= floor, below the ceiling, and not with 'paper'; got {floor}")
         if minimum_words < 0:
             raise ValueError(f"likelihood: expected minimum_words of at least 0, got {minimum_words}")
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = load_scorer(AutoModelForCausalLM, model, dtype)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self.batch_tolerance = batch_tolerance(self._model)
         self._longest, self._has_cut = longest_input(self._model), False
         self._scale, self._ceiling, self._temperature, self._batch_size = scale, ceiling, temperature, batch_size
         self._floor, self._minimum_words = floor, minimum_words

@@ -35,6 +35,11 @@ class Objective:
         self._function = function
 
     @property
+    def batch_tolerance(self) -> float:
+        """How far a score may move with the batch it is computed in, as the function declares."""
+        return getattr(self._function, "batch_tolerance", 1e-4)
+
+    @property
     def key(self) -> str:
         """What remembered scores are filed under: those of another scale are other scores."""
         return self.name if self.scale == RAW else f"{self.name} {self.scale!r}"

@@ -26,8 +26,8 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: str, max_tokens: int = 128, batch_size: int = 64) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = load_scorer(AutoModel, model, "auto")
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._max_tokens, self._batch_size = max_tokens, batch_size
         self._known: dict[str, Tensor] = {}
 

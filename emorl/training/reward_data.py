@@ -1,5 +1,6 @@
 """Graded responses as a reward model learns from them: targets in [0, 1], groups that are never split, lists to compare."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ class GradedData:
     names: list[str]
     training: list[Graded]
     validation: list[Graded]
+
+    def fingerprint(self) -> str:
+        """Changes with any row, so that a run over edited tables is another run."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 def load_graded(experiment: RewardExperiment) -> GradedData:

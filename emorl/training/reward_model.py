@@ -63,6 +63,7 @@ def train_reward(experiment: RewardExperiment, progress: Progress | None = None)
     data = load_graded(experiment)
     with only_process(experiment.output):
         identity = {key: value for key, value in as_mapping(experiment).items() if key not in ("output", "description")}
+        identity["rows"] = data.fingerprint()
         run = open_run(experiment.output, "train-reward", identity)
         if run.finished:
             progress.say(f"reward model: trained before, in {run.path}")

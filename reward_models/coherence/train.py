@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> None:
     folder = train_rows(arguments, rows, settings)
     bank = sorted({pair.prompt for pair in training})
     save_gate(folder, Gate(arguments.gate_encoder or arguments.encoder), bank)
-    finish(folder, measure(Guarded(str(folder)), test, training, arguments.seed))
+    finish(folder, "reward_models.coherence.objective:Coherence", measure(Guarded(str(folder)), test, training, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main(arguments: argparse.Namespace) -> None:
     add_linear(folder, data, arguments.gate_encoder or arguments.encoder)
     gate = Gate(arguments.gate_encoder or arguments.encoder, full_words=25)
     save_gate(folder, gate, sorted({pair.prompt for pair in data.training} | set(prompts)))
-    finish(folder, measure(folder, data, arguments.seed))
+    finish(folder, "reward_models.empathy.objective:Empathy", measure(folder, data, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def main(arguments: argparse.Namespace) -> None:
     bank = sorted({pair.prompt for pair in data.training if pair.group.startswith("pair")})
     loose = {"temperature": 0.1, "slope": 3.0, "offset": -0.3, "full_words": 25}  # true simple reflections can be vague
     save_gate(folder, Gate(arguments.gate_encoder or arguments.encoder, **loose), bank)
-    finish(folder, measure(Guarded(str(folder)), data, arguments.seed))
+    finish(folder, "reward_models.reflection.objective:Reflection", measure(Guarded(str(folder)), data, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,11 @@ def main(arguments: argparse.Namespace) -> None:
     save_gate(folder, gate, bank)
     write_json(folder / "metrics.json", {})
     write_text(folder / "README.md", _CARD.format(**vars(gate)))
-    finish(folder, measure(ResponseSpecificity(str(folder)), test, rest, arguments.seed))
+    finish(
+        folder,
+        "reward_models.specificity.objective:ResponseSpecificity",
+        measure(ResponseSpecificity(str(folder)), test, rest, arguments.seed),
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, Ber
 from emorl.objectives.batching import longest_input, score_in_batches
 from emorl.objectives.classifier import Classifier
 from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.loading import Objective
 
 COUNSELLOR = Path(__file__).parents[3] / "shared" / "models" / "counsel-3m"
 
@@ -67,6 +68,31 @@ def test_the_precision_can_be_chosen(save_classifier, tiny_base_dir):
         assert 0 < max(abs(a - b) for a, b in zip(exact, rough, strict=True)) < 0.02
     with pytest.raises(ValueError, match="dtype is one of auto, float32, bfloat16, got 'float8'"):
         Likelihood(language_model, dtype="float8")
+
+
+def test_a_wrong_folder_is_named_with_its_remedy(save_classifier, tmp_path):
+    Path(save_classifier(["quality"])).rename(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"holds no model \(no config.json\); did you mean '.*/model'"):
+        Classifier(str(tmp_path))
+    for missing in (str(tmp_path / "nothing"), "./nothing", "runs/nothing/model"):
+        with pytest.raises(ValueError, match="no folder"):
+            Classifier(missing)
+        with pytest.raises(ValueError, match="no folder"):
+            Likelihood(missing)
+
+
+def test_a_label_that_the_only_output_has_not_is_refused(save_classifier):
+    path = save_classifier(["quality"])
+    assert Classifier(path, label="quality")(PROMPTS, TEXTS) == Classifier(path)(PROMPTS, TEXTS)
+    with pytest.raises(ValueError, match="no label 'grade'"):
+        Classifier(path, label="grade")
+
+
+def test_what_a_batch_may_change_depends_on_the_precision(save_classifier):
+    path = save_classifier(["quality"])
+    assert Objective("quality", Classifier(path)).batch_tolerance == 1e-4
+    assert Objective("quality", Classifier(path, dtype="bfloat16")).batch_tolerance == 0.02
+    assert Objective("rule", lambda **columns: []).batch_tolerance == 1e-4
 
 
 def test_without_the_prompt_only_the_completion_matters(save_classifier):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,14 @@ def test_the_kept_checkpoint_has_the_lowest_loss_after_calibration(make, loss, l
     ]
     kept, saved = (BertForSequenceClassification.from_pretrained(folder).state_dict() for folder in (run / "model", best))
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
+
+
+def test_other_rows_are_another_run(make):
+    experiment = make("regression", "grade")
+    train_reward(experiment)
+    Path(experiment.data.path).write_text("".join(json.dumps({**row, "grade": 1 - row["grade"]}) + "\n" for row in rows()))
+    with pytest.raises(UserError, match=r"holds a run with other settings \(rows"):
+        train_reward(experiment)
 
 
 def test_the_time_before_a_kill_stays_counted(make, monkeypatch):
