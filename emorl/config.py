@@ -47,7 +47,7 @@ def check_keys(block: Mapping[str, Any], known: Iterable[str], where: str, owner
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; every way it can be wrong is a `UserError` naming the file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of an experiment.yaml")
+        raise UserError(f"{path}: no such file; give the path of the command's YAML file (--help lists its keys)")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
