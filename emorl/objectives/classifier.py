@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from emorl.config import nearest
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import batch_tolerance, load_scorer, longest_input, score_in_batches
+from emorl.objectives.batching import score_in_batches
+from emorl.objectives.frozen_model import batch_tolerance, load_frozen, longest_input
 from emorl.objectives.joint_encoding import encode_jointly
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Classifier:
         batch_size: int = 64,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     ) -> None:
-        self._model = load_scorer(AutoModelForSequenceClassification, model, dtype)
+        self._model = load_frozen(AutoModelForSequenceClassification, model, dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self.batch_tolerance = batch_tolerance(self._model)
         self._with_prompt = with_prompt

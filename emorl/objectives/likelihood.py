@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import batch_tolerance, load_scorer, longest_input, score_in_batches
+from emorl.objectives.batching import score_in_batches
+from emorl.objectives.frozen_model import batch_tolerance, load_frozen, longest_input
 from emorl.objectives.text import quoted_share, repeated_share
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Likelihood:
             raise ValueError(f"likelihood: expected 1 <= floor, below the ceiling, and not with 'paper'; got {floor}")
         if minimum_words < 0:
             raise ValueError(f"likelihood: expected minimum_words of at least 0, got {minimum_words}")
-        self._model = load_scorer(AutoModelForCausalLM, model, dtype)
+        self._model = load_frozen(AutoModelForCausalLM, model, dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self.batch_tolerance = batch_tolerance(self._model)
         self._longest, self._has_cut = longest_input(self._model), False

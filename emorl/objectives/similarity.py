@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from emorl.data import completion_text, prompt_text
-from emorl.objectives.batching import load_scorer
+from emorl.objectives.frozen_model import load_frozen
 
 _REMEMBERED = 50_000
 
@@ -26,7 +26,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: str, max_tokens: int = 128, batch_size: int = 64) -> None:
-        self._model = load_scorer(AutoModel, model, "auto")
+        self._model = load_frozen(AutoModel, model, "auto")
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._max_tokens, self._batch_size = max_tokens, batch_size
         self._known: dict[str, Tensor] = {}

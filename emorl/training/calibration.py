@@ -27,12 +27,7 @@ def calibrate(logits: Tensor, targets: Tensor, joint: bool) -> list[list[float]]
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        scaled = logits * slope(raw_slope) + offset
-        value = (
-            functional.cross_entropy(scaled, targets.argmax(1))
-            if joint
-            else functional.binary_cross_entropy_with_logits(scaled, targets)
-        )
+        value = _cross_entropy(logits * slope(raw_slope) + offset, targets, joint)
         value.backward()
         return value
 
@@ -46,15 +41,21 @@ def calibrated_loss(logits: Tensor, targets: Tensor, joint: bool) -> float:
     Overconfidence, which calibration takes away, does not count in it, so it goes on falling where the plain validation
     loss already rises.
     """
-    slopes, offsets = torch.tensor(calibrate(logits, targets, joint)).T
-    scaled = logits * slopes + offsets
-    if joint:
-        return functional.cross_entropy(scaled, targets.argmax(1)).item()
-    return functional.binary_cross_entropy_with_logits(scaled, targets).item()
+    return _cross_entropy(_scaled(logits, calibrate(logits, targets, joint)), targets, joint).item()
 
 
 def calibrated(logits: Tensor, calibration: Sequence[Sequence[float]], loss: str) -> Tensor:
     """Scores (N, outputs) in [0, 1], as the objective `classifier` gives them."""
-    slopes, offsets = torch.tensor(calibration).T
-    scaled = logits * slopes + offsets
+    scaled = _scaled(logits, calibration)
     return scaled.softmax(1) if loss == "classification" else scaled.sigmoid()
+
+
+def _scaled(logits: Tensor, calibration: Sequence[Sequence[float]]) -> Tensor:
+    slopes, offsets = torch.tensor(calibration).T
+    return logits * slopes + offsets
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, joint: bool) -> Tensor:
+    if joint:
+        return functional.cross_entropy(logits, targets.argmax(1))
+    return functional.binary_cross_entropy_with_logits(logits, targets)

@@ -9,7 +9,6 @@ rows, so that the registered objective `classifier` gives scores in [0, 1] that 
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,9 @@ from emorl.config import UserError, as_mapping, check_keys
 from emorl.objectives.joint_encoding import encode_jointly
 from emorl.progress import Bar, Progress, Silent
 from emorl.reward_experiment import RewardExperiment
-from emorl.runs import Cost, Run, only_process, open_run, read_json, write_json
+from emorl.runs import Run, only_process, open_run, read_json, write_json
 from emorl.training.calibration import calibrate, calibrated, calibrated_loss
+from emorl.training.callbacks import CostCallback
 from emorl.training.checkpoints import last_complete_checkpoint
 from emorl.training.reward_card import measure, save_model
 from emorl.training.reward_data import Graded, GradedData, compared, load_graded
@@ -92,11 +92,12 @@ def _train(experiment: RewardExperiment, data: GradedData, arguments: TrainingAr
     logits = predict(model, tokenizer, data.validation)
     model.config.calibration = calibrate(logits, targets, joint=experiment.loss == "classification")
     figures = measure(experiment, data, calibrated(logits, model.config.calibration, experiment.loss))
-    run = spent.flush()
-    save_model(model, tokenizer, run.path / MODEL_DIRECTORY, experiment, data, figures, run.cost.seconds)
+    spent.flush()
+    seconds = read_json(run.cost_path)["seconds"]
+    save_model(model, tokenizer, run.path / MODEL_DIRECTORY, experiment, data, figures, seconds)
     write_json(run.path / "result.json", {"figures": figures, "log": trainer.state.log_history})
     run.finish()
-    progress.say(f"reward model: {run.path / MODEL_DIRECTORY}, {run.cost.seconds:.0f} s")
+    progress.say(f"reward model: {run.path / MODEL_DIRECTORY}, {seconds:.0f} s")
     return run.path
 
 
@@ -333,17 +334,10 @@ class _BarCallback(TrainerCallback):
             self._shown = state.global_step
 
 
-class _SecondsCallback(TrainerCallback):
-    """Adds the time spent to the run at every validation, so that a kill loses little of it."""
+class _SecondsCallback(CostCallback):
+    """Counts the time alone: a reward model's validation generates nothing."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._since = run, time.perf_counter()
-
-    def flush(self) -> Run:
-        now = time.perf_counter()
-        self._run = self._run.add_cost(Cost(seconds=now - self._since))
-        self._since = now
-        return self._run
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:  # fmt: skip
         self.flush()

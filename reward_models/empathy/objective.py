@@ -21,11 +21,12 @@ WEIGHTS = (1.0, 1.0, 0.5)
 """of the ratings in the combined score: any question at all is rated as exploration, and a policy finds that"""
 FULL_SUM = 4.0
 """weighted sum of ratings (0 to 2) that scores 1: two strong mechanisms are about as much as one response holds"""
+HIGHEST_RATING = 2
 CALIBRATION_FILE = "mean_logit.json"
 
 
-class Mechanisms:
-    """Expected ratings / 2 of the three mechanisms, from the calibrated mean logits of cross-encoder and linear model.
+class MeanLogits:
+    """Mean logits of the cross-encoder and the linear model, one for each of `LEVELS`.
 
     Args:
         model: folder that `reward_models.empathy.train` wrote.
@@ -35,18 +36,25 @@ class Mechanisms:
     def __init__(self, model: str, encoder: str | None = None) -> None:
         self._classifier = Classifier(model, label=list(LEVELS))
         self._linear = LinearModel(Path(model), encoder)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """(N, 6)."""
+        joint = torch.tensor(self._classifier.probabilities(prompts, responses)).logit(eps=1e-6)
+        return (joint + self._linear(prompts, responses)) / 2
+
+
+class Mechanisms:
+    """Expected ratings / 2 of the three mechanisms, from calibrated `MeanLogits`; arguments as there."""
+
+    def __init__(self, model: str, encoder: str | None = None) -> None:
+        self._logits = MeanLogits(model, encoder)
         self._calibration = torch.tensor(read_json(Path(model) / CALIBRATION_FILE))  # (6, 2): slopes, offsets
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """(N, 3) in [0, 1]."""
         slopes, offsets = self._calibration.T
-        levels = (self.mean_logits(prompts, responses) * slopes + offsets).sigmoid()  # (N, 6)
+        levels = (self._logits(prompts, responses) * slopes + offsets).sigmoid()  # (N, 6)
         return levels.unflatten(1, (len(MECHANISMS), 2)).mean(2)
-
-    def mean_logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """(N, 6), of `LEVELS`, before calibration."""
-        joint = torch.tensor(self._classifier.probabilities(prompts, responses)).logit(eps=1e-6)
-        return (joint + self._linear(prompts, responses)) / 2
 
 
 class Empathy:
@@ -80,4 +88,4 @@ class Empathy:
 
 def combined(shown: Sequence[float]) -> float:
     """The three mechanisms, each a rating / 2, as one number in [0, 1]."""
-    return min(1.0, sum(weight * 2 * share for weight, share in zip(WEIGHTS, shown, strict=True)) / FULL_SUM)
+    return min(1.0, sum(weight * HIGHEST_RATING * share for weight, share in zip(WEIGHTS, shown, strict=True)) / FULL_SUM)

@@ -26,14 +26,22 @@ from emorl.runs import write_json
 from emorl.training.calibration import calibrate
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import FAST_ON_CPU, TRAINING, Rows, finish, run, train_rows
-from reward_models.empathy.objective import CALIBRATION_FILE, LEVELS, MECHANISMS, Empathy, Mechanisms, combined
+from reward_models.empathy.objective import (
+    CALIBRATION_FILE,
+    HIGHEST_RATING,
+    LEVELS,
+    MECHANISMS,
+    Empathy,
+    MeanLogits,
+    Mechanisms,
+    combined,
+)
 from reward_models.guarded import Gate, save_gate
 from reward_models.linear import fit
 from reward_models.pair_data import Pair, corrupted, cut, hold_out, mismatched, read_negatives, read_rows, salads
 
 STRONG = 0.75  # a weighted sum of 3 or more
 SPECIFIC_WORDS = 10  # a shorter response ("I'm sorry, friend.") can answer anyone
-HIGHEST_RATING = 2
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,7 @@ def rows_of(pairs: Sequence[Pair], data: EmpathyData, seed: int) -> list[dict[st
 def add_linear(folder: Path, data: EmpathyData, encoder: str) -> None:
     """Fits the linear model on the rated pairs, and calibrates both models' mean logit on those that stopped training."""
     fit(folder, encoder, *_sides(data.training), _targets(data.training, data).numpy())
-    write_json(folder / CALIBRATION_FILE, [[1.0, 0.0]] * len(LEVELS))
-    logits = Mechanisms(str(folder)).mean_logits(*_sides(data.stopping))
+    logits = MeanLogits(str(folder))(*_sides(data.stopping))
     write_json(folder / CALIBRATION_FILE, calibrate(logits, _targets(data.stopping, data), joint=False))
 
 
@@ -104,8 +111,8 @@ def _levels(pair: Pair, data: EmpathyData) -> list[float]:
 def measure(folder: Path, data: EmpathyData, seed: int) -> dict[str, float]:
     """Agreement with the held-out ratings, and the attacks."""
     figures = {}
-    for mechanism in MECHANISMS:
-        scores = np.array(pair_scores(Empathy(str(folder), mechanism), data.test))
+    shown = Mechanisms(str(folder))(*_sides(data.test)).T.numpy()  # (3, N)
+    for mechanism, scores in zip(MECHANISMS, shown, strict=True):
         ratings = np.array([data.ratings[pair.prompt, pair.response][mechanism] for pair in data.test])
         figures[f"{mechanism}: AUC present over absent"] = auc(scores[ratings > 0], scores[ratings == 0])
         figures[f"{mechanism}: rank correlation"] = rank_correlation(scores, ratings)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from emorl.objectives.batching import longest_input, score_in_batches
+from emorl.objectives.batching import score_in_batches
 from emorl.objectives.classifier import Classifier
+from emorl.objectives.frozen_model import longest_input
 from emorl.objectives.likelihood import Likelihood
 from emorl.objectives.loading import Objective
 
