@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from emorl.data import completion_text, prompt_text
 from emorl.objectives import Classifier, Specificity
+from emorl.objectives.frozen_model import Dtype
 from emorl.objectives.text import ngrams
 
 GATE_FILE, BANK_FILE = "gate.json", "bank.txt"
@@ -81,13 +82,15 @@ class Guarded:
     Args:
         model: a folder that a `train.py` here wrote, with a classifier of one output.
         bank, encoder: as in `Guard`.
+        dtype: of the classifier, as in `emorl.objectives.Classifier`.
     """
 
     range: ClassVar = (0.0, 1.0)
 
-    def __init__(self, model: str, bank: str | None = None, encoder: str | None = None) -> None:
+    def __init__(self, model: str, bank: str | None = None, encoder: str | None = None, dtype: Dtype = "auto") -> None:
         self._guard = Guard(model, bank, encoder)
-        self._classifier = Classifier(model)
+        self._classifier = Classifier(model, dtype=dtype)
+        self.batch_tolerance = self._classifier.batch_tolerance
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         forms, guards = self._classifier(prompts, completions), self._guard(prompts, completions)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from emorl.objectives.similarity import SentenceEncoder
+from emorl.objectives.similarity import SentenceEncoder, shared_encoder
 from emorl.runs import read_json, write_json
 
 WORDS_FILE, WEIGHTS_FILE = "linear.json", "linear.safetensors"
@@ -35,7 +35,7 @@ class LinearModel:
         self._weights = load_file(folder / WEIGHTS_FILE)
         self._words = _vectorizer(vocabulary={word: column for column, word in enumerate(saved["words"])})
         self._words.idf_ = self._weights["idf"]
-        self._encode = SentenceEncoder(encoder or saved["encoder"])
+        self._encode = shared_encoder(encoder or saved["encoder"])
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         """(N, outputs)."""
@@ -53,7 +53,7 @@ def fit(
         strength: inverse of the L2 penalty.
     """
     words = _vectorizer(min_df=2)
-    features = _features(words.fit_transform(responses), SentenceEncoder(encoder), prompts, responses)
+    features = _features(words.fit_transform(responses), shared_encoder(encoder), prompts, responses)
     both = scipy.sparse.vstack([features, features])  # a target between 0 and 1 is a weight on both classes
     classes = np.repeat([1, 0], len(responses))
     fitted = [

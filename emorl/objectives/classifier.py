@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from emorl.config import nearest
 from emorl.data import completion_text, prompt_text
 from emorl.objectives.batching import score_in_batches
-from emorl.objectives.frozen_model import batch_tolerance, load_frozen, longest_input
+from emorl.objectives.frozen_model import Dtype, batch_tolerance, load_frozen, longest_input
 from emorl.objectives.joint_encoding import encode_jointly
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Classifier:
         label: str | Sequence[str] | None = None,
         with_prompt: bool = True,
         batch_size: int = 64,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Dtype = "auto",
     ) -> None:
         self._model = load_frozen(AutoModelForSequenceClassification, model, dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(model)

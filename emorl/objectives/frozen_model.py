@@ -1,19 +1,19 @@
 """The frozen model that an objective reads with: loading it, how long its input may be, how exact its scores are."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-DTYPES = ("auto", "float32", "bfloat16")
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def load_frozen(kind: Any, model: str, dtype: str) -> Any:
     """A model of the auto class `kind`, from safetensors, to be read and never trained, where it runs fastest."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype is one of {', '.join(get_args(Dtype))}, got {dtype!r}")
     folder = Path(model)
     if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise ValueError(f"no folder {model!r}; a hub id has at most one slash")

@@ -1,5 +1,6 @@
 """Specificity: how much better a completion fits its own prompt than other people's prompts."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,12 @@ class SentenceEncoder:
         return torch.stack([self._known[text] for text in texts])
 
 
+@functools.lru_cache(maxsize=4)
+def shared_encoder(model: str) -> SentenceEncoder:
+    """One encoder of `model` for all objectives of a process: each text is embedded once, whoever asks."""
+    return SentenceEncoder(model)
+
+
 class Specificity:
     """Scores in [0, 1]: sigmoid(slope * (evidence - offset)), where evidence (in nats) is
 
@@ -78,14 +85,13 @@ class Specificity:
         temperature: float = 0.05,
         slope: float = 1.0,
         offset: float = 1.0,
-        batch_size: int = 64,
     ) -> None:
         if temperature <= 0 or slope <= 0:
             raise ValueError(f"specificity: expected temperature > 0 and slope > 0, got {temperature} and {slope}")
         prompts = _read_bank(bank) if isinstance(bank, str) else [prompt for prompt in bank if prompt.strip()]
         if len(prompts) < 2:
             raise ValueError(f"specificity: the bank needs at least 2 prompts (better 50), got {len(prompts)}")
-        self._encode = SentenceEncoder(model, batch_size=batch_size)
+        self._encode = shared_encoder(model)
         self._bank = self._encode(prompts)  # (N, H)
         self._temperature, self._slope, self._offset = temperature, slope, offset
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emorl.data import completion_text, prompt_text
 from emorl.objectives import Classifier
+from emorl.objectives.frozen_model import Dtype
 from emorl.runs import read_json
 from reward_models.guarded import Guard
 from reward_models.linear import LinearModel
@@ -31,10 +32,12 @@ class MeanLogits:
     Args:
         model: folder that `reward_models.empathy.train` wrote.
         encoder: another place of the linear model's sentence encoder than where it was trained.
+        dtype: of the cross-encoder, as in `emorl.objectives.Classifier`.
     """
 
-    def __init__(self, model: str, encoder: str | None = None) -> None:
-        self._classifier = Classifier(model, label=list(LEVELS))
+    def __init__(self, model: str, encoder: str | None = None, dtype: Dtype = "auto") -> None:
+        self._classifier = Classifier(model, label=list(LEVELS), dtype=dtype)
+        self.batch_tolerance = self._classifier.batch_tolerance
         self._linear = LinearModel(Path(model), encoder)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -46,8 +49,9 @@ class MeanLogits:
 class Mechanisms:
     """Expected ratings / 2 of the three mechanisms, from calibrated `MeanLogits`; arguments as there."""
 
-    def __init__(self, model: str, encoder: str | None = None) -> None:
-        self._logits = MeanLogits(model, encoder)
+    def __init__(self, model: str, encoder: str | None = None, dtype: Dtype = "auto") -> None:
+        self._logits = MeanLogits(model, encoder, dtype)
+        self.batch_tolerance = self._logits.batch_tolerance
         self._calibration = torch.tensor(read_json(Path(model) / CALIBRATION_FILE))  # (6, 2): slopes, offsets
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -65,14 +69,23 @@ class Empathy:
         model: folder that `reward_models.empathy.train` wrote.
         mechanism: emotional_reaction, interpretation, exploration, or combined.
         bank, encoder: as in `Guard`, for `combined`.
+        dtype: of the cross-encoder, as in `emorl.objectives.Classifier`.
     """
 
     range: ClassVar = (0.0, 1.0)
 
-    def __init__(self, model: str, mechanism: str = COMBINED, bank: str | None = None, encoder: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        mechanism: str = COMBINED,
+        bank: str | None = None,
+        encoder: str | None = None,
+        dtype: Dtype = "auto",
+    ) -> None:
         if mechanism not in (*MECHANISMS, COMBINED):
             raise ValueError(f"empathy: expected mechanism {COMBINED}, {', '.join(MECHANISMS)}; got {mechanism!r}")
-        self._mechanisms = Mechanisms(model, encoder)
+        self._mechanisms = Mechanisms(model, encoder, dtype)
+        self.batch_tolerance = self._mechanisms.batch_tolerance
         self._column = None if mechanism == COMBINED else MECHANISMS.index(mechanism)
         self._guard = Guard(model, bank, encoder) if mechanism == COMBINED else None
 

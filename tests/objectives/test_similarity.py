@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from emorl.objectives.similarity import SentenceEncoder, Specificity
+from emorl.objectives.similarity import SentenceEncoder, Specificity, shared_encoder
 
 PROMPTS = [f"I keep thinking about {thing}." for thing in ("my knee", "the exam", "my boss", "smoking", "rent", "sleep")]
 
@@ -36,15 +36,22 @@ def test_no_sentence_has_evidence_for_everyone(encoder, sentence):
     assert evidence.exp().mean().item() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_the_bank_may_be_a_file_and_batches_do_not_matter(encoder, tmp_path):
+def test_the_bank_may_be_a_file(encoder, tmp_path):
     (tmp_path / "bank.txt").write_text("\n".join([*PROMPTS, "", " "]))
     texts = [f"You said {'so ' * n}much." for n in range(6)]
-    one, other = Specificity(encoder, str(tmp_path / "bank.txt"), batch_size=1), Specificity(encoder, PROMPTS, batch_size=64)
+    one, other = Specificity(encoder, str(tmp_path / "bank.txt")), Specificity(encoder, PROMPTS)
     assert one(PROMPTS, texts) == pytest.approx(other(PROMPTS, texts), abs=1e-4)
     assert other([], []) == []
     assert other(["p"], [" "]) == [0.0]
     chat = [[{"role": "user", "content": PROMPTS[0]}]]
     assert other(chat, [[{"role": "assistant", "content": texts[0]}]]) == pytest.approx(other(PROMPTS[:1], texts[:1]))
+
+
+def test_batches_do_not_matter_and_objectives_share_one_encoder(encoder):
+    texts = [f"You said {'so ' * n}much." for n in range(6)]
+    one, other = SentenceEncoder(encoder, batch_size=1)(texts), SentenceEncoder(encoder, batch_size=64)(texts)
+    assert torch.allclose(one, other, atol=1e-5)
+    assert shared_encoder(encoder) is shared_encoder(encoder)
 
 
 def test_mistakes_are_named(encoder):
