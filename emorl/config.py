@@ -44,8 +44,37 @@ def check_keys(block: Mapping[str, Any], known: Iterable[str], where: str, owner
             raise UserError(f"unknown key '{where}.{key}' (it goes to {owner}); {nearest(key, known)}")
 
 
+BASED_ON = "based_on"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; every way it can be wrong is a `UserError` naming the file."""
+    """The mapping in a YAML file; every way it can be wrong is a `UserError` naming the file.
+
+    A key `based_on: other.yaml` (beside the file) begins with what stands there: blocks are merged key by key, everything
+    else is replaced.
+    """
+    return _read_based(path, ())
+
+
+def _read_based(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    content = _read_mapping(path)
+    if BASED_ON not in content:
+        return content
+    other, above = content.pop(BASED_ON), (*above, path.resolve())
+    if not isinstance(other, str) or (path.parent / other).resolve() in above:
+        raise UserError(f"{path}: {BASED_ON} names another YAML file beside this one, got {other!r:.80}")
+    return _merged(_read_based(path.parent / other, above), content)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of the command's YAML file (--help lists its keys)")
     try:

@@ -116,3 +116,29 @@ def test_help_names_every_key_with_its_meaning():
                 check(value, f"{prefix}{name}.")
 
     check(experiment(), "")
+
+
+def test_a_file_may_be_based_on_another_one(tmp_path):
+    (tmp_path / "below.yaml").write_text("output: a\nsearch: {levels: 3, trials: 9}\nlist: [1, 2]\n")
+    (tmp_path / "above.yaml").write_text("based_on: below.yaml\nsearch: {levels: 4}\nlist: [5]\n")
+    assert read_yaml(tmp_path / "above.yaml") == {"output": "a", "search": {"levels": 4, "trials": 9}, "list": [5]}
+
+
+@pytest.mark.parametrize("value", ["itself.yaml", "[a]", "3"])
+def test_what_a_file_cannot_be_based_on_is_refused(tmp_path, value):
+    (tmp_path / "itself.yaml").write_text(f"based_on: {value}\n")
+    with pytest.raises(UserError, match="based_on names another YAML file beside this one"):
+        read_yaml(tmp_path / "itself.yaml")
+
+
+def test_files_based_on_each_other_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("based_on: b.yaml")
+    (tmp_path / "b.yaml").write_text("based_on: a.yaml")
+    with pytest.raises(UserError, match=r"b.yaml: based_on names another YAML file"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_missing_file_below_is_named(tmp_path):
+    (tmp_path / "above.yaml").write_text("based_on: nothing.yaml\n")
+    with pytest.raises(UserError, match=r"nothing.yaml: no such file"):
+        read_yaml(tmp_path / "above.yaml")
