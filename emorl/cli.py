@@ -95,7 +95,7 @@ def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
     if name == "search":
         command.add_argument("--storage", metavar="URL", help="an Optuna storage, the same as search.storage=URL")
     if name == "train":
-        command.add_argument("--objective", action="append", metavar="NAME", help="train only this one (repeatable)")
+        command.add_argument("--objective", action="append", metavar="NAME", help="train only this one's policy (repeatable)")
     if "--help" in sys.argv or "-h" in sys.argv:
         command.epilog = _EXPERIMENT_HELP.format(command=name) + describe(Experiment)
 
@@ -169,7 +169,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.json:
         from emorl.runs import read_json
 
-        names = options.objective or list(experiment.objectives)
+        names = options.objective or experiment.policy_names
         results = {name: read_json(experiment.training_of(name) / "result.json") for name in names}
         print(json.dumps({name: {k: v for k, v in r.items() if k != "log"} for name, r in results.items()}, indent=2))
 
@@ -177,10 +177,10 @@ def _train(options: argparse.Namespace) -> None:
 def _train_policies(experiment: Any, names: Sequence[str] | None) -> None:
     from emorl.console import Console
     from emorl.objectives.loading import check_objectives
-    from emorl.training.grpo import train
+    from emorl.training.policy import train
 
     check_objectives(experiment.objectives)
-    for name in names or experiment.objectives:
+    for name in names or experiment.policy_names:
         train(experiment, name, Console())
     if not (experiment.output / "experiment.yaml").exists():
         _keep_config(experiment)
@@ -253,6 +253,20 @@ def _print_comparison(output: Path, as_json: bool) -> None:
         print_comparison(output)
 
 
+def _compare_methods(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.reporting.method_comparison import compare_methods, read_comparison
+    from emorl.reporting.method_tables import method_tables
+    from emorl.search.weight_search import silence_optuna
+
+    experiment = _load(options)
+    silence_optuna()
+    compare_methods(experiment, Console())
+    _keep_config(experiment)
+    result = read_comparison(experiment)
+    print(json.dumps(result, indent=2) if options.json else method_tables(result))
+
+
 def _run(options: argparse.Namespace) -> None:
     experiment = _load(options)
     _run_all(experiment, options.json)
@@ -262,8 +276,9 @@ def _run_all(experiment: Any, as_json: bool) -> None:
     from emorl.console import Console
     from emorl.evaluation.perplexity import check_language_model
     from emorl.reporting.report import write_report
-    from emorl.search.weight_search import check_proposer
+    from emorl.search.weight_search import check_mode, check_proposer
 
+    check_mode(experiment)
     check_proposer(experiment.search)
     check_language_model(experiment.evaluate.perplexity_model)
     _train_policies(experiment, None)
@@ -340,7 +355,7 @@ _Command = tuple[str, str, Callable[[argparse.Namespace], int | None], Callable[
 _COMMANDS: tuple[_Command, ...] = (
     ("quickstart", "The whole job on an embedded example: train, search, compare, report.", _quickstart, _add_quickstart),
     ("run", "All stages of an experiment; finished ones are skipped, an interrupted one continues.", _run, _add_experiment),
-    ("train", "Train one LoRA policy per objective with TRL's GRPO.", _train, _add_experiment),
+    ("train", "Train one LoRA policy per objective with GRPO or SCST, or one for all (train.mode).", _train, _add_experiment),
     ("train-reward", "Train a reward model on graded responses, to be used as an objective.", _train_reward, _add_reward),
     (
         "refresh-reward",
@@ -350,6 +365,12 @@ _COMMANDS: tuple[_Command, ...] = (
     ),
     ("search", "Search the aggregation weights of the trained policies.", _search, _add_experiment),
     ("evaluate", "Compare what was found with its rivals on test prompts.", _evaluate, _add_experiment),
+    (
+        "compare",
+        "Train the ensemble and its rivals at the same budget, once per seed, and compare them on test prompts.",
+        _compare_methods,
+        _add_experiment,
+    ),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),
     (
         "objectives",

@@ -27,7 +27,7 @@ class Splits:
 
 
 def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
-    """Reads, removes repeated prompts, shuffles by `seed` and splits.
+    """Reads, removes repeated prompts, shuffles by the config's seed, or by `seed` where it has none, and splits.
 
     Args:
         conversational: turn text prompts into one user turn (plus the system turn), as TRL's conversational format.
@@ -41,7 +41,7 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
         for name, path in (("test", config.test_path), ("validation", config.validation_path), ("train", config.path))
         if path
     }
-    rest = parts["train"].shuffle(seed=seed)
+    rest = parts["train"].shuffle(seed=seed if config.seed is None else config.seed)
     for name, size in (("test", config.test), ("validation", config.validation)):
         if name in parts:
             parts[name] = parts[name].select(range(min(size, len(parts[name]))))

@@ -5,7 +5,7 @@ Blocks named after another library (`lora`, `grpo`, `generation`) go straight to
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 @dataclass(frozen=True, config=_strict)
 class BaseConfig:
     model: str
-    """hub id or folder of the base language model (decoder-only)"""
+    """hub id or folder of the base language model: a decoder (trained by GRPO) or an encoder-decoder (by SCST)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision the base is loaded in"""
 
@@ -40,6 +40,8 @@ class DataConfig:
     """prompts kept for validation while training and for the search"""
     test: int = Field(default=32, ge=2)
     """prompts kept for the final comparison; neither training nor search sees them"""
+    seed: int | None = None
+    """seed of the splits; the experiment's by default. `emorl compare` keeps it while it varies the others"""
     validation_path: str | None = None
     """a file or hub id of its own for the validation prompts"""
     test_path: str | None = None
@@ -105,6 +107,12 @@ class ConvergenceConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class DynaOptConfig:
+    gamma: float = Field(default=0.07, gt=0, le=1)
+    """Exp3's share of random choices, and its step (DynaOpt: 0.07); the reward weights move at every validation"""
+
+
+@dataclass(frozen=True, config=_strict)
 class CollapseConfig:
     share: float = Field(default=0.8, ge=0, le=1)
     """a policy with fewer distinct completions over prompts than this share of the base's counts as collapsed; no
@@ -113,16 +121,37 @@ class CollapseConfig:
     """stop training after this many collapsed validations in a row"""
 
 
+Mode = Literal["ensemble", "uniform", "weighted", "gdpo", "dynaopt"]
+
+
 @dataclass(frozen=True, config=_strict)
 class TrainConfig:
+    mode: Mode = "ensemble"
+    """ensemble trains one policy per objective (EMORL); all others train one policy for all objectives: uniform (mean of the
+    rewards), weighted (by preferences), gdpo (each reward normalised in its group, then summed), dynaopt (a bandit moves
+    the reward weights)"""
+    preferences: dict[str, float] = Field(default_factory=dict)
+    """objective -> weight of its reward, for mode weighted; what is not named counts 0"""
+    tuning: Literal["lora", "full"] = "lora"
+    """full tunes every parameter (the authors' single policies); an ensemble is made of LoRA adapters only"""
     lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
     """straight to peft.LoraConfig"""
     grpo: dict[str, Any] = Field(default_factory=dict)
-    """straight to trl.GRPOConfig (learning_rate, max_steps, beta, num_generations, eval_steps, …)"""
+    """straight to trl.GRPOConfig (learning_rate, max_steps, beta, num_generations, eval_steps, …); for a decoder"""
+    scst: dict[str, Any] = Field(default_factory=dict)
+    """straight to emorl's SCSTConfig, the same settings where both have them (and baseline); for an encoder-decoder"""
+    dynaopt: DynaOptConfig = Field(default_factory=DynaOptConfig)
+    """the bandit of mode dynaopt"""
     convergence: ConvergenceConfig = Field(default_factory=ConvergenceConfig)
     """when training has converged (paper's rule)"""
     collapse: CollapseConfig = Field(default_factory=CollapseConfig)
     """when a policy counts as collapsed to few sentences"""
+
+    def __post_init__(self) -> None:
+        if self.mode == "ensemble" and self.tuning == "full":
+            raise ValueError("tuning: full needs a mode that trains one policy; an ensemble is made of LoRA adapters")
+        if (self.mode == "weighted") != bool(self.preferences):
+            raise ValueError("mode weighted and preferences go together, for example preferences={helpful: 2, polite: 1}")
 
 
 @dataclass(frozen=True, config=_strict)
@@ -155,6 +184,9 @@ class SearchConfig:
     """completions per prompt (more than one only makes sense with sampling)"""
     include_base: bool = False
     """the untrained base takes part as one more policy"""
+    aggregate: Literal["hidden_states", "parameters"] = "hidden_states"
+    """what the weights average: the policies' last hidden states while decoding (EMORL), or their parameters (rewarded soups,
+    one candidate after the other)"""
     batch: int = Field(default=32, ge=1)
     """candidates decoded together, which share the work where their texts agree; a kill loses at most these"""
     memory: float | None = Field(default=None, gt=0)
@@ -184,6 +216,31 @@ class EvaluateConfig:
     and the training prompts' ones are tried as the one answer for everyone"""
 
 
+Method = Literal["ensemble", "soups", "uniform", "weighted", "gdpo", "dynaopt"]
+
+
+@dataclass(frozen=True, config=_strict)
+class CompareConfig:
+    methods: list[Method] = Field(default_factory=lambda: ["ensemble", "soups", "uniform", "gdpo", "dynaopt"], min_length=1)
+    """ensemble: one policy per objective, hidden states averaged (EMORL); soups: the same policies, parameters averaged; the
+    others are train.mode's: one policy that trains as many steps as all of the ensemble's together. weighted trains
+    one policy for each entry of `preferences`, which share these steps"""
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    """one training, search and comparison with each; prompts are split alike in all"""
+    preferences: list[dict[str, float]] = Field(default_factory=list)
+    """of method weighted"""
+    bootstrap: int = Field(default=4000, ge=100)
+    """resamples of seeds and prompts, for the intervals"""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods and seeds: each of them once")
+        if "soups" in self.methods and "ensemble" not in self.methods:
+            raise ValueError("method soups averages the ensemble's policies; compare the ensemble too")
+        if ("weighted" in self.methods) != bool(self.preferences):
+            raise ValueError("method weighted and preferences go together, such as [{helpful: 2, polite: 1}, {polite: 1}]")
+
+
 @dataclass(frozen=True, config=_strict)
 class Experiment:
     output: Path
@@ -204,6 +261,8 @@ class Experiment:
     """search for the weights"""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """comparison on the test prompts"""
+    compare: CompareConfig = Field(default_factory=CompareConfig)
+    """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | None = None
     """another experiment's output, whose trained policies are used: nothing is trained here"""
 
@@ -218,12 +277,28 @@ class Experiment:
         unknown = sorted(set(self.search.preferences) - set(self.objectives))
         if unknown:
             raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
+        for where, preferences in (("train", self.train.preferences), *(("compare", one) for one in self.compare.preferences)):
+            _check_preferences(where, preferences, list(self.objectives))
         if self.search.race is not None and self.search.scalarize == "chebyshev":
             raise ValueError("search.race: chebyshev has no value before all policies are evaluated; use another scalarize")
 
+    @property
+    def policy_names(self) -> list[str]:
+        """The policies that `train.mode` trains: one for each objective, or a single one that bears the mode's name."""
+        return list(self.objectives) if self.train.mode == "ensemble" else [self.train.mode]
+
     def training_of(self, name: str) -> Path:
-        """Directory of the training run of an objective's policy."""
+        """Directory of a policy's training run."""
         return (self.policies or self.output) / "train" / name
+
+
+def _check_preferences(where: str, preferences: Mapping[str, float], objectives: Sequence[str]) -> None:
+    unknown = sorted(set(preferences) - set(objectives))
+    if unknown:
+        raise ValueError(f"{where}.preferences names {unknown}, but the objectives are {sorted(objectives)}")
+    numbers = list(preferences.values())
+    if numbers and (not all(0 <= number < math.inf for number in numbers) or sum(numbers) == 0):
+        raise ValueError(f"{where}.preferences must be finite, not negative and not all 0, got {dict(preferences)}")
 
 
 RESERVED_NAMES = frozenset(

@@ -200,3 +200,24 @@ def tiny_base_dir(
     make_causal_model("llama").save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer as an encoder-decoder's: no chat template, padding on the right."""
+    plain = deepcopy(tokenizer)
+    plain.chat_template, plain.padding_side = None, "right"
+    return plain
+
+
+@pytest.fixture(scope="session")
+def tiny_seq2seq_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_seq2seq_model: Callable[..., PreTrainedModel],
+    plain_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """Directory of a saved tiny T5 with its tokenizer: read only, shared by the whole session."""
+    directory = tmp_path_factory.mktemp("seq2seq")
+    make_seq2seq_model().save_pretrained(directory)
+    plain_tokenizer.save_pretrained(directory)
+    return directory

@@ -362,6 +362,10 @@ class ParameterAverage(AdapterMixture):
         return False
 
 
+MIXTURES: Mapping[str, type[AdapterMixture]] = {"hidden_states": HiddenStateEnsemble, "parameters": ParameterAverage}
+"""what `search.aggregate` names"""
+
+
 class _PolicyEncoder(nn.Module):
     """The encoder of a mixture as `generate()` calls it: once per batch, for all policies."""
 

@@ -93,7 +93,8 @@ def generate(
             rows_of = [index for index, _ in part]
             extra = {name: values[rows_of].to(model.device) for name, values in (per_prompt or {}).items()}
             output = model.generate(**inputs, **generation, **extra)
-            completion_ids = output[:, inputs["input_ids"].shape[1] :]  # (B, T)
+            before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # start token, or the prompt
+            completion_ids = output[:, before:]  # (B, T)
             rows.append(completions_table(tokenizer, prompts, part, completion_ids))
             if progress is not None:
                 progress(len(part))

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from emorl.config import UserError
 from emorl.experiment import BaseConfig
@@ -14,7 +21,7 @@ from emorl.policies.adapters import Adapter, read_adapter
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen language model in evaluation mode and its tokenizer (padding on the left)."""
+    """A frozen language model in evaluation mode and its tokenizer (padding on the left; an encoder's on the right)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -24,11 +31,12 @@ def load_base(config: BaseConfig) -> Base:
     """The base model on the GPU where there is one.
 
     Raises:
-        UserError: no such folder or hub id, not a decoder-only model, no safetensors weights.
+        UserError: no such folder or hub id, no language model, no safetensors weights.
     """
     tokenizer = load_tokenizer(config.model)
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config.model) else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True)
+        model = kind.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"base.model {config.model!r} cannot be loaded from safetensors: {reason:.160}") from None
@@ -56,19 +64,32 @@ def read_policies(directories: Mapping[str, Path], base: Base) -> dict[str, Adap
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model`, padding on the left with the end token where it has no pad token.
-
-    Checks first, cheaply, that `model` exists and is a decoder-only language model.
+    """The tokenizer of `model`, padding with the end token where it has no pad token; on the left, but for an encoder, which
+    may count positions from the first token.
     """
+    padding_side = "right" if is_encoder_decoder(model) else "left"
     try:
-        kind = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        what = "the folder holds no model" if Path(model).is_dir() else "neither a folder here nor a model on the hub"
-        raise UserError(f"base.model {model!r}: {what} ({str(error).splitlines()[0]:.160})") from None
-    if kind.is_encoder_decoder:
-        raise UserError(f"base.model {model!r} is an encoder-decoder; only decoder-only models are supported yet")
+        raise _not_found(model, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = padding_side
     return tokenizer
+
+
+def is_encoder_decoder(model: str) -> bool:
+    """Whether the base in a folder or on the hub reads its prompts with an encoder, as T5 and BART do.
+
+    Raises:
+        UserError: no model is there.
+    """
+    try:
+        return bool(AutoConfig.from_pretrained(model).is_encoder_decoder)
+    except (OSError, ValueError) as error:
+        raise _not_found(model, error) from None
+
+
+def _not_found(model: str, error: Exception) -> UserError:
+    what = "the folder holds no model" if Path(model).is_dir() else "neither a folder here nor a model on the hub"
+    return UserError(f"base.model {model!r}: {what} ({str(error).splitlines()[0]:.160})")

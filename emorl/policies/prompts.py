@@ -1,4 +1,4 @@
-"""The only place a prompt is rendered: TRL's rendering (chat template with generation prompt), padded left."""
+"""The only place a prompt is rendered: TRL's rendering (chat template with generation prompt), padded as the tokenizer says."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ def is_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchEncoding:
-    """Token ids as `GRPOTrainer` makes them, padded left: `input_ids` and `attention_mask` of (B, T).
+    """Token ids as `GRPOTrainer` makes them: `input_ids` and `attention_mask` of (B, T), padded on the tokenizer's side.
 
     Args:
         prompts: texts, or conversations (lists of role/content turns); not both in one call.
@@ -23,7 +23,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchE
         encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True)
         ids = encoded["input_ids"]
     rows: Any = {"input_ids": ids}
-    return tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+    return tokenizer.pad(rows, return_tensors="pt")
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:

@@ -2,8 +2,8 @@
 (`emorl evaluate experiment.yaml`).
 
 Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
-its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488). Then the objectives themselves
-are attacked (evaluation/hacking.py).
+its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `search.aggregate: parameters`
+what is called the ensemble averages parameters too. Then the objectives themselves are attacked (evaluation/hacking.py).
 """
 
 import re
@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from emorl.aggregation.ensemble import BASE_POLICY, HiddenStateEnsemble, ParameterAverage
+from emorl.aggregation.ensemble import BASE_POLICY, MIXTURES, ParameterAverage
 from emorl.config import UserError, as_mapping
 from emorl.evaluation.pareto import front, hypervolume
 from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
 from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
-from emorl.experiment import Experiment
+from emorl.experiment import Experiment, SearchConfig
 from emorl.objectives.loading import load_objective, outside_range
 from emorl.policies.loading import load_base, read_policies
 from emorl.progress import Progress, Silent
@@ -30,7 +30,7 @@ from emorl.reporting.attacks import attack, attacks_missing, load_splits
 from emorl.reporting.results import BASE
 from emorl.runs import Run, only_process, open_run, write_json, written_whole
 from emorl.search.weight_search import read_result
-from emorl.training.grpo import policy_directories
+from emorl.training.policy import policy_directories, training_settings
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,16 @@ def _identity(experiment: Experiment, systems: Sequence[System]) -> dict[str, An
     how = {key: value for key, value in whole["evaluate"].items() if key not in ("attacks", "references")}
     if how["perplexity_model"] is None:
         del how["perplexity_model"]  # runs from before this key are the same
-    whole.pop("output")
-    return {**whole, "evaluate": how, "systems": [asdict(system) for system in systems]}
+    del whole["output"], whole["compare"]
+    if whole["search"]["aggregate"] == SearchConfig().aggregate:
+        del whole["search"]["aggregate"]  # runs from before these keys are the same
+    return {**whole, **training_settings(experiment), "evaluate": how, "systems": [asdict(system) for system in systems]}
 
 
 def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: int) -> list[System]:
     equal = {name: 1 / len(objectives) for name in objectives}
     best = found["best"]["weights"]
-    chosen = _spread([[point["scores"][name] for name in objectives] for point in found["front"]], front_points)
+    chosen = spread([[point["scores"][name] for name in objectives] for point in found["front"]], front_points)
     points = [found["front"][index]["weights"] for index in chosen]
     return [
         System(BASE, "base", {}),
@@ -94,8 +96,9 @@ def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: 
     ]
 
 
-def _spread(scores: Sequence[Sequence[float]], most: int) -> list[int]:
-    """At most `most` of the points: the best of each objective, then always the one farthest from those chosen."""
+def spread(scores: Sequence[Sequence[float]], most: int) -> list[int]:
+    """Indices of at most `most` points with scores (N, O): the best of each objective, then always the one farthest from those
+    chosen."""
     points = np.array(scores)  # (N, O)
     scaled = (points - points.min(0)) / np.maximum(points.max(0) - points.min(0), 1e-12)
     chosen = list(dict.fromkeys(int(index) for index in points.argmax(0)))[:most]
@@ -121,7 +124,7 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     try:
         models: dict[str, PreTrainedModel] = {
             "base": base.model,
-            "ensemble": HiddenStateEnsemble(base.model, adapters, include_base=include_base),
+            "ensemble": MIXTURES[experiment.search.aggregate](base.model, adapters, include_base=include_base),
             "parameter_average": ParameterAverage(base.model, adapters, include_base=include_base),
         }
     except ValueError as error:

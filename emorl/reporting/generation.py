@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.ensemble import MIXTURES
 from emorl.config import UserError
 from emorl.evaluation.scoring import generate
 from emorl.experiment import Experiment
@@ -12,7 +12,7 @@ from emorl.policies.loading import load_base, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.search.preference import choose
 from emorl.search.weight_search import read_result
-from emorl.training.grpo import policy_directories
+from emorl.training.policy import policy_directories
 
 
 def generate_lines(
@@ -28,7 +28,7 @@ def generate_lines(
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
     base = load_base(experiment.base)
     adapters = read_policies(policy_directories(experiment), base)
-    ensemble = HiddenStateEnsemble(
+    ensemble = MIXTURES[experiment.search.aggregate](
         base.model, adapters, list(point["weights"].values()), include_base=experiment.search.include_base
     )
     for prompt in prompts:

@@ -1,8 +1,8 @@
 """Candidates that are weights become scores on the validation prompts: the expensive half of the weight search.
 
-Greedy candidates are decoded as one trie, with all prefixes remembered for the whole search; any other decoding runs
-through `generate()`, one candidate after the other with the same random numbers. Each text is scored once. With
-`search.race`, candidates that are clearly worse than the best on the first prompts do not see the others.
+Greedy candidates are decoded as one trie, with all prefixes remembered for the whole search; any other decoding, and that of
+parameter averages, runs through `generate()`, one candidate after the other with the same random numbers. Each text is scored
+once. With `search.race`, candidates that are clearly worse than the best on the first prompts do not see the others.
 """
 
 import time
@@ -16,7 +16,7 @@ import psutil
 import torch
 from datasets import Dataset
 
-from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.ensemble import MIXTURES, AdapterMixture, HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder, plain_greedy
 from emorl.config import UserError
 from emorl.data import load_prompts
@@ -41,7 +41,7 @@ class WeightEvaluator:
 
     def __init__(
         self,
-        ensemble: HiddenStateEnsemble,
+        ensemble: AdapterMixture,
         base: Base,
         data: Dataset,
         objectives: Sequence[Objective],
@@ -71,7 +71,7 @@ class WeightEvaluator:
         base = load_base(experiment.base)
         policies = read_policies(adapters, base)
         try:
-            ensemble = HiddenStateEnsemble(base.model, policies, include_base=experiment.search.include_base)
+            ensemble = MIXTURES[experiment.search.aggregate](base.model, policies, include_base=experiment.search.include_base)
         except ValueError as error:
             raise UserError(str(error)) from None
         generation = {**experiment.generation, **experiment.search.generation}
@@ -89,8 +89,10 @@ class WeightEvaluator:
         )
 
     def _new_trie(self) -> TrieDecoder | None:
+        if not isinstance(self._ensemble, HiddenStateEnsemble) or self._search.samples > 1:
+            return None  # every candidate's parameters give every prefix another state
         greedy = plain_greedy(self._ensemble, self._generation)
-        if greedy is None or self._search.samples > 1:
+        if greedy is None:
             return None
         inputs = encode(self._base.tokenizer, self._prompts)
         memory = _free_memory() // 2 if self._search.memory is None else int(self._search.memory * 2**30)

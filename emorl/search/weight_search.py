@@ -31,7 +31,7 @@ from emorl.search.study import Budget, Finished, Proposer, finished_trials, open
 from emorl.search.study import search as run_search
 from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
 from emorl.search.weight_space import WeightSpace
-from emorl.training.grpo import policy_directories
+from emorl.training.policy import policy_directories, training_settings
 
 STUDY_NAME = "weights"
 GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}
@@ -53,6 +53,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     """
     progress = progress or Silent()
     check_proposer(experiment.search)
+    check_mode(experiment)
     check_generation({**experiment.generation, **experiment.search.generation})
     check_objectives(experiment.objectives)
     adapters = policy_directories(experiment)
@@ -108,6 +109,14 @@ def check_proposer(config: SearchConfig) -> None:
         raise UserError(f"search.proposer: no proposer is called {config.proposer!r}; {nearest(config.proposer, names)}")
 
 
+def check_mode(experiment: Experiment) -> None:
+    if experiment.train.mode != "ensemble":
+        raise UserError(
+            f"train.mode={experiment.train.mode} trains one policy, which has no weights to search: use `emorl train`; "
+            "`emorl compare` sets it beside the ensemble"
+        )
+
+
 def chosen_proposer(config: SearchConfig) -> str:
     """What `auto` stands for: the proposer that `benchmarks/proposers.py` found best, whatever the number of policies."""
     return "simplex_refinement" if config.proposer == AUTO else config.proposer
@@ -115,8 +124,10 @@ def chosen_proposer(config: SearchConfig) -> str:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     whole = as_mapping(experiment)
-    what = {key: whole[key] for key in ("base", "data", "objectives", "train", "generation", "seed")}
+    what = {**training_settings(experiment), "objectives": whole["objectives"]}
     how = {key: value for key, value in whole["search"].items() if key not in _NOT_OF_THE_RESULT}
+    if how["aggregate"] == SearchConfig().aggregate:
+        del how["aggregate"]  # runs from before this key are the same
     return {**what, "search": how, **({} if experiment.policies is None else {"policies": whole["policies"]})}
 
 

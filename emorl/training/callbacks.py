@@ -123,24 +123,24 @@ class CostCallback(TrainerCallback):
 
 class RewardCounter:
     """The objective's rewards (of log scores where its scale says so) as TRL's reward function, counting what is scored; all
-    processes of a distributed run are counted."""
+    processes of a distributed run are counted. Of several that score the same completions, the `first` counts these."""
 
-    def __init__(self, objective: Objective, cost: CostCallback) -> None:
+    def __init__(self, objective: Objective, cost: CostCallback, first: bool = True) -> None:
         self.__name__ = objective.name
-        self._objective, self._cost = objective, cost
+        self._objective, self._cost, self._first = objective, cost, first
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
         processes = PartialState().num_processes
-        self._cost.add(
-            Cost(
+        cost = Cost(reward_calls=len(completions) * processes)
+        if self._first:
+            cost += Cost(
                 prompts=len({str(prompt) for prompt in prompts}) * processes,
                 completions=len(completions) * processes,
                 tokens=sum(map(len, completion_ids)) * processes,
-                reward_calls=len(completions) * processes,
             )
-        )
+        self._cost.add(cost)
         scores = self._objective(prompts, completions, completion_ids=completion_ids, **columns)
         return self._objective.rewards(scores)
 

@@ -36,13 +36,14 @@ def test_what_is_no_adapter_is_refused_by_name(base, tmp_path):
         read_policies({"a": tmp_path / "nothing"}, base)
 
 
-def test_a_base_is_frozen_and_an_encoder_decoder_is_refused(base, make_seq2seq_model, tokenizer, tmp_path):
+def test_a_base_is_frozen_and_an_encoder_decoder_is_padded_on_the_right(base, make_seq2seq_model, tokenizer, tmp_path):
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert base.tokenizer.padding_side == "left"
     make_seq2seq_model().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is an encoder-decoder; only decoder-only"):
-        load_base(BaseConfig(model=str(tmp_path)))
+    encoder_decoder = load_base(BaseConfig(model=str(tmp_path)))
+    assert encoder_decoder.model.config.is_encoder_decoder
+    assert encoder_decoder.tokenizer.padding_side == "right"
 
 
 def test_a_pickled_base_is_never_loaded(tiny_base_dir, tmp_path):

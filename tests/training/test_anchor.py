@@ -10,7 +10,7 @@ from emorl.config import UserError
 from emorl.experiment import BaseConfig, CollapseConfig, ConvergenceConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
 from emorl.progress import Silent
 from emorl.training.anchor import kl_to_base
-from emorl.training.grpo import train
+from emorl.training.policy import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed

@@ -28,7 +28,7 @@ from emorl.experiment import (
 )
 from emorl.policies.adapters import read_adapter
 from emorl.progress import Silent
-from emorl.training.grpo import policy_directories, train
+from emorl.training.policy import policy_directories, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed
@@ -165,7 +165,7 @@ def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experime
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         from pathlib import Path
         from emorl.experiment import load_run
-        from emorl.training.grpo import train
+        from emorl.training.policy import train
         import torch; torch.set_num_threads(1)
         train(load_run(Path({str(tmp_path / "killed")!r})), "letters")
         """

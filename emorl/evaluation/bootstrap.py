@@ -1,0 +1,71 @@
+"""Intervals of a method's mean score and hypervolume, and of differences between methods, from few seeds and few prompts.
+
+Seeds and prompts are resampled independently of each other (the crossed or pigeonhole bootstrap, Owen 2007), the same ones for
+all methods, so that differences are paired. With three seeds an interval is a rough guide.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emorl.evaluation.pareto import hypervolume
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one method offers with one seed: scores (N, P, O) of its points on the same prompts; `best` is the one it chose."""
+
+    scores: Scores
+    best: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method less another one: the difference, its 95 % interval, and the share of resamples in which it is above 0."""
+
+    difference: float
+    low: float
+    high: float
+    above: float
+
+
+def resampled(
+    offers: Mapping[str, Sequence[Offer]], reference: Sequence[float], resamples: int, seed: int
+) -> dict[str, tuple[Scores, Scores]]:
+    """Method -> mean score of its best point, and hypervolume of all its points, both (R + 1,): first as measured, then of each
+    resample; averaged over seeds.
+
+    Args:
+        offers: of each method, one for each seed in the same order, all on the same prompts.
+        reference: the hypervolumes' point, (O,).
+    """
+    first = next(iter(offers.values()))
+    seeds, prompts = len(first), first[0].scores.shape[1]
+    rng = np.random.default_rng(seed)
+    of_seeds = np.vstack([np.ones(seeds), rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)]) / seeds  # (R+1, S)
+    of_prompts = np.vstack([np.ones(prompts), rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples)]) / prompts
+    return {method: _statistics(own, of_seeds, of_prompts, reference) for method, own in offers.items()}
+
+
+def _statistics(
+    offers: Sequence[Offer], of_seeds: Scores, of_prompts: Scores, reference: Sequence[float]
+) -> tuple[Scores, Scores]:
+    """Both statistics (R,) under weights of seeds (R, S) and of prompts (R, P)."""
+    means, volumes = [], []
+    for index, offer in enumerate(offers):
+        points = np.einsum("rp,npo->rno", of_prompts, offer.scores)  # (R, N, O)
+        means.append(points[:, offer.best].mean(-1))
+        drawn = of_seeds[:, index] > 0  # the others count nothing
+        volumes.append(np.array([hypervolume(p, reference) if used else 0.0 for p, used in zip(points, drawn, strict=True)]))
+    return np.einsum("rs,sr->r", of_seeds, np.array(means)), np.einsum("rs,sr->r", of_seeds, np.array(volumes))
+
+
+def difference(one: Scores, other: Scores) -> Difference:
+    """Of two statistics (R + 1,) of `resampled`."""
+    gap = one - other
+    low, high = np.quantile(gap[1:], [0.025, 0.975])
+    return Difference(float(gap[0]), float(low), float(high), float((gap[1:] > 0).mean()))

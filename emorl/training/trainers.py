@@ -1,0 +1,235 @@
+"""TRL's GRPOTrainer (decoders) and our SCSTTrainer (encoder-decoders) as the train stage uses them: one set of defaults, and
+emorl's own evaluation as their validation, so that curves, search and report measure the same.
+
+Every process of a distributed run validates all validation prompts: they are few, and so all processes take the same decision.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from emorl.config import UserError, check_keys
+from emorl.data import load_prompts
+from emorl.evaluation.scoring import evaluate, summarize
+from emorl.experiment import Experiment
+from emorl.objectives.loading import Objective, load_objective
+from emorl.policies.adapters import base_fingerprint
+from emorl.policies.loading import is_encoder_decoder, load_base, load_tokenizer
+from emorl.policies.prompts import is_chat
+from emorl.training.anchor import kl_to_base
+from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
+from emorl.training.dynaopt import DynaOptCallback
+from emorl.training.modes import PolicyPlan
+from emorl.training.scst import SCSTConfig, SCSTTrainer
+
+BETA = 0.05  # paper's coefficient; its own KL term is identically zero
+CHECKPOINTS = "checkpoints"
+_VALIDATED = ("distinct_share", "distinct_2", "words", "repeated_trigrams")  # beside the rewards
+_SET_BY_EMORL = {
+    "output_dir": "output",
+    "seed": "seed",
+    "load_best_model_at_end": "nothing: the best checkpoint is always kept",
+    "metric_for_best_model": "nothing: validation reward of checkpoints that have not collapsed",
+    "greater_is_better": "nothing: rewards are maximised",
+    "eval_strategy": "{block}.eval_steps",
+    "save_strategy": "{block}.save_steps",
+    "reward_weights": "train.mode and train.preferences",
+    "multi_objective_aggregation": "train.mode",
+}
+
+TrainerConfig = GRPOConfig | SCSTConfig
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a policy is validated by: decoding as it will be used, scored by its objectives."""
+
+    objectives: Sequence[Objective]
+    weights: Sequence[float]  # (O,), for the validation reward; an adaptive plan's do not move
+    generation: Mapping[str, Any]
+    data: Dataset
+
+
+class _ValidatedPolicy:
+    """Replaces a trainer's evaluation."""
+
+    def __init__(self, *, validation: Validation, fingerprint: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.validation = validation
+        self.base_fingerprint = fingerprint
+
+    def evaluate(  # called by Trainer
+        self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Decodes the validation prompts; metrics `eval_reward` (weighted mean of the scores, also where training maximises
+        their logs), `eval_<objective>`, `eval_kl` and `eval_` before what `_VALIDATED` names."""
+        start, training = time.perf_counter(), self.model.training
+        self.model.eval()
+        what, tokenizer = self.validation, self.processing_class
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            table = evaluate(model, tokenizer, what.data, what.objectives, what.generation, seed=self.args.seed).table
+            prompts = [what.data["prompt"][index] for index in table["prompt_index"]]
+            kl = kl_to_base(model, tokenizer, prompts, table["completion"].tolist(), self.ref_model)
+        names = [objective.name for objective in what.objectives]
+        summary = summarize(table, names)
+        found = {key: summary[key] for key in (*names, *_VALIDATED)}
+        found["reward"] = sum(weight * summary[name] for weight, name in zip(what.weights, names, strict=True))
+        found |= {"completions": len(table), "tokens": int(table["tokens"].sum()), "runtime": time.perf_counter() - start}
+        if kl is not None:
+            found["kl"] = kl
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(training)
+        return metrics
+
+
+class GRPOPolicyTrainer(_ValidatedPolicy, GRPOTrainer):
+    """GRPO with emorl's validation."""
+
+
+class SCSTPolicyTrainer(_ValidatedPolicy, SCSTTrainer):
+    """SCST with emorl's validation."""
+
+
+PolicyTrainer = GRPOPolicyTrainer | SCSTPolicyTrainer
+
+
+def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
+    """The `grpo:` or `scst:` block, whichever suits the base, with our defaults for what it leaves out.
+
+    Raises:
+        UserError: an unknown or impossible setting, or one that emorl sets itself.
+    """
+    encoder_decoder = is_encoder_decoder(experiment.base.model)
+    kind, name = (SCSTConfig, "train.scst") if encoder_decoder else (GRPOConfig, "train.grpo")
+    block = experiment.train.scst if encoder_decoder else experiment.train.grpo
+    for key in block:
+        if key in _SET_BY_EMORL:
+            raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
+    check_keys(block, {field.name for field in dataclasses.fields(kind)}, name, kind.__name__)
+    steps = block.get("max_steps", 400)
+    eval_steps = min(block.get("eval_steps", 8), steps)  # paper: validation every 8 steps
+    given = {**_defaults(experiment, steps, eval_steps), **({} if encoder_decoder else {"num_generations_eval": 1}), **block}
+    fixed = {
+        "output_dir": str(experiment.training_of(plan.name) / CHECKPOINTS),
+        "seed": experiment.seed,
+        "eval_steps": eval_steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_selection",
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "reward_weights": list(plan.weights),
+        "multi_objective_aggregation": plan.aggregation,
+    }
+    try:
+        config = kind(**{**given, **fixed})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+    if not isinstance(config.beta, (int, float)) or config.beta < 0:
+        raise UserError(f"{name}.beta: expected a number of at least 0, got {config.beta!r:.60}")
+    return config
+
+
+def _defaults(experiment: Experiment, steps: int, eval_steps: int) -> dict[str, Any]:
+    return {
+        "learning_rate": 1e-4,  # paper
+        "lr_scheduler_type": "constant",  # paper
+        "max_grad_norm": 2.0,  # paper
+        "max_steps": steps,
+        "beta": BETA,
+        "max_completion_length": experiment.generation.get("max_new_tokens", 64),
+        "save_steps": eval_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "eval_on_start": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": experiment.base.dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_only_model": False,
+    }
+
+
+def prompts_per_step(config: TrainerConfig) -> int:
+    """Training prompts drawn per optimiser step, over all processes."""
+    rows: int = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return rows // (config.num_generations or 1) if isinstance(config, GRPOConfig) else rows
+
+
+def lora_config(experiment: Experiment) -> LoraConfig | None:
+    """The `lora:` block; None where every parameter is tuned.
+
+    Raises:
+        UserError: an unknown or impossible setting.
+    """
+    block = experiment.train.lora
+    check_keys(block, {field.name for field in dataclasses.fields(LoraConfig)}, "train.lora", "peft.LoraConfig")
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(experiment.base.model) else "CAUSAL_LM"
+    try:
+        lora = LoraConfig(**{"task_type": task, **block})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train.lora: {' '.join(str(error).split())}") from None
+    return None if experiment.train.tuning == "full" else lora
+
+
+def build_trainer(
+    experiment: Experiment, plan: PolicyPlan, config: TrainerConfig, lora: LoraConfig | None, cost: CostCallback
+) -> PolicyTrainer:
+    """Loads prompts, objectives and base into the trainer that suits the base.
+
+    Raises:
+        UserError: what cannot be loaded, or settings that TRL refuses.
+    """
+    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+    objectives = [load_objective(name, objective) for name, objective in plan.objectives.items()]
+    base = load_base(experiment.base)
+    if lora is None:
+        base.model.requires_grad_(True)
+    callbacks: list[TrainerCallback] = [
+        ConvergenceCallback(experiment.train.convergence.window, experiment.train.convergence.threshold),
+        CollapseCallback(experiment.train.collapse.share, experiment.train.collapse.patience),
+        cost,
+    ]
+    kind: Any = GRPOPolicyTrainer if isinstance(config, GRPOConfig) else SCSTPolicyTrainer
+    counters = [RewardCounter(objective, cost, first=index == 0) for index, objective in enumerate(objectives)]
+    try:
+        trainer = kind(
+            validation=Validation(objectives, plan.weights, experiment.generation, splits.validation),
+            fingerprint=base_fingerprint(base.model),
+            model=base.model,
+            processing_class=base.tokenizer,
+            reward_funcs=counters,
+            args=config,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            peft_config=lora,
+            callbacks=callbacks,
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from None
+    if plan.adaptive:
+
+        def set_weights(weights: list[float]) -> None:
+            trainer.reward_weights = torch.tensor(weights, dtype=torch.float32)
+
+        trainer.add_callback(
+            DynaOptCallback(list(plan.objectives), experiment.train.dynaopt.gamma, experiment.seed, set_weights)
+        )
+    trainer.remove_callback(PrinterCallback)  # our progress bar shows the rewards; `result.json` and `report_to` keep the rest
+    return trainer

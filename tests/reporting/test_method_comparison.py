@@ -1,0 +1,166 @@
+"""`emorl compare` through the real command line: a tiny encoder-decoder, every method, two seeds."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from emorl.cli import main
+from emorl.evaluation.pareto import hypervolume
+from emorl.experiment import load_experiment
+from emorl.reporting.method_tables import method_tables
+from emorl.reporting.methods import method_runs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL and PEFT use names that transformers 5.23 has renamed
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+METHODS = ["ensemble", "soups", "uniform", "weighted", "gdpo", "dynaopt"]
+STEPS = 3
+
+
+def vowels(prompts, completions, **columns):
+    return [sum(text.count(v) for v in "aeiou") / max(1, len(text)) for text in completions]
+
+
+def digits(prompts, completions, **columns):
+    return [sum(map(str.isdigit, text)) / max(1, len(text)) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, tiny_seq2seq_dir):
+    directory = tmp_path_factory.mktemp("compare")
+    data = directory / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(24)))
+    content = {
+        "output": str(directory / "run"),
+        "base": {"model": str(tiny_seq2seq_dir)},
+        "data": {"path": str(data), "validation": 4, "test": 6},
+        "objectives": {"vowels": f"{__name__}:vowels", "digits": f"{__name__}:digits"},
+        "generation": {"max_new_tokens": 6, "do_sample": False},
+        "train": {
+            "lora": {"r": 4, "target_modules": ["q", "v", "wo"]},
+            "scst": {"max_steps": STEPS, "eval_steps": 3, "per_device_train_batch_size": 4, "num_generations": 3, "beta": 0.01},
+            "collapse": {"share": 0.0},
+        },
+        "search": {"levels": 1},
+        "compare": {"methods": METHODS, "seeds": [3, 4], "preferences": [{"vowels": 1, "digits": 2}, {"digits": 1}],
+                    "bootstrap": 100},
+    }  # fmt: skip
+    path = directory / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(experiment):
+    assert main(["compare", str(experiment)]) == 0
+    return experiment.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def result(finished):
+    return json.loads((finished / "compare" / "result.json").read_text())
+
+
+def test_every_method_has_the_same_budget_of_training_prompts(result):
+    prompts = {method: row["prompts"]["mean"] for method, row in result["methods"].items()}
+    budget = 2 * STEPS * 4
+    assert prompts == {"base": None, "policies alone": budget, **dict.fromkeys(METHODS, budget)}
+
+
+def test_all_are_scored_on_the_same_prompts_that_no_seed_trained_on(finished, experiment):
+    prompts = {tuple(pd.read_parquet(table)["prompt"]) for table in finished.glob("seed-*/*/test/*.parquet")}
+    assert len(prompts) == 1
+    assert len(prompts.pop()) == 6
+    assert {one.data.seed for run in method_runs(load_experiment(experiment)) for one in run.experiments} == {0}
+    assert {one.seed for run in method_runs(load_experiment(experiment)) for one in run.experiments} == {3, 4}
+
+
+def test_what_the_tables_say_follows_from_the_completions(finished, result):
+    seeds = pd.read_csv(finished / "compare" / "seeds.csv")
+    scores = [
+        pd.read_parquet(finished / f"seed-{seed}" / "uniform" / "test" / "uniform.parquet")[["vowels", "digits"]].mean()
+        for seed in (3, 4)
+    ]
+    uniform = result["methods"]["uniform"]
+    assert uniform["vowels"]["mean"] == pytest.approx(np.mean([one["vowels"] for one in scores]))
+    assert uniform["mean"]["deviation"] == pytest.approx(np.std([one.mean() for one in scores], ddof=1))
+    reference = list(result["reference_point"].values())
+    volumes = [hypervolume([one.to_numpy()], reference) for one in scores]
+    assert uniform["hypervolume"]["mean"] == pytest.approx(np.mean(volumes))
+    assert set(seeds["method"]) == {"base", "policies alone", *METHODS}
+    assert seeds.loc[seeds["method"] == "weighted", "points"].tolist() == [2, 2]
+    gap = result["differences"]["uniform"]["mean"]
+    ensemble = result["methods"]["ensemble"]["mean"]["mean"]
+    assert gap["difference"] == pytest.approx(ensemble - uniform["mean"]["mean"])
+    assert gap["low"] <= gap["difference"] <= gap["high"]
+    assert result["best_rival"]["mean"] in METHODS
+
+
+def test_soups_use_the_ensembles_policies_and_their_own_search(finished):
+    assert not (finished / "seed-3" / "soups" / "train").exists()
+    found = {
+        method: json.loads((finished / "seed-3" / method / "search" / "run.json").read_text())["config"]["search"]
+        for method in ("soups", "ensemble")
+    }
+    assert found["soups"]["aggregate"] == "parameters"
+    assert "aggregate" not in found["ensemble"]
+
+
+def test_weights_of_dynaopt_move_and_those_of_the_others_do_not(finished):
+    logs = {
+        method: json.loads((finished / "seed-3" / method / "train" / mode / "result.json").read_text())["log"]
+        for method, mode in (("dynaopt", "dynaopt"), ("uniform", "uniform"))
+    }
+    assert all("weight_vowels" in entry for entry in logs["dynaopt"] if "eval_reward" in entry)
+    assert not any("weight_vowels" in entry for entry in logs["uniform"])
+
+
+def test_a_second_call_does_nothing_again_and_prints_json(experiment, finished, result, capsys):
+    tables = {path: path.stat().st_mtime_ns for path in finished.glob("seed-*/*/test/*.parquet")}
+    assert main(["compare", str(experiment), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert tables == {path: path.stat().st_mtime_ns for path in finished.glob("seed-*/*/test/*.parquet")}
+
+
+def test_one_seed_of_fewer_methods_is_a_comparison_too(experiment, finished, capsys):
+    assert main(["compare", str(experiment), "compare.seeds=[4]", "compare.methods=[uniform, gdpo]", "compare.preferences=[]",
+                 "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["methods"]) == ["uniform", "gdpo"]
+    assert found["first"] == "uniform"
+    assert found["methods"]["gdpo"]["mean"]["deviation"] is None
+    assert found["methods"]["gdpo"]["decode_cost"]["mean"] > 0
+
+
+def test_the_tables_name_every_method_and_what_it_cost(result):
+    text = method_tables(result)
+    assert text.count("**ensemble**") == 2
+    assert "| weighted |" in text
+    assert "share of resamples above 0" in text
+    assert "nan" not in text
+    assert math.isfinite(result["methods"]["ensemble"]["decode_cost"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compare.methods=[soups]", "compare.preferences=[]"], "method soups averages the ensemble's policies"),
+        (["compare.preferences=[]"], "method weighted and preferences go together"),
+        (["compare.preferences=[{vowel: 1}]"], "compare.preferences names ['vowel']"),
+        (["train.mode=uniform"], "compare trains all methods itself"),
+        (["compare.seeds=[1, 1]"], "each of them once"),
+        (["train.scst.max_step=3"], "unknown key 'train.scst.max_step'"),
+        (["train.scst.num_generations=1"], "a sample needs another one"),
+        (["train.scst.reward_weights=[1]"], "use train.mode and train.preferences"),
+    ],
+)
+def test_mistakes_are_one_line(experiment, tmp_path, capsys, overrides, message):
+    assert main(["compare", str(experiment), f"output={tmp_path}", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
