@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     sys.path.append(os.getcwd())  # objectives named package.module:attribute may lie beside the experiment
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parse(parser, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return options.run(options) or 0
@@ -58,6 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may also stand behind an option, which argparse alone does not take."""
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _quiet_libraries() -> None:

@@ -187,6 +187,9 @@ class SearchConfig:
     aggregate: Literal["hidden_states", "parameters"] = "hidden_states"
     """what the weights average: the policies' last hidden states while decoding (EMORL), or their parameters (rewarded soups,
     one candidate after the other)"""
+    adapter_scale: float = Field(default=1.0, gt=0)
+    """every adapter is multiplied by this before they are combined: a mean of K policies holds only 1/K of what each has
+    learned, a scale up to K gives that back (task arithmetic's coefficient)"""
     batch: int = Field(default=32, ge=1)
     """candidates decoded together, which share the work where their texts agree; a kill loses at most these"""
     memory: float | None = Field(default=None, gt=0)
@@ -216,27 +219,31 @@ class EvaluateConfig:
     and the training prompts' ones are tried as the one answer for everyone"""
 
 
-Method = Literal["ensemble", "soups", "uniform", "weighted", "gdpo", "dynaopt"]
+Method = Literal["ensemble", "soups", "scaled_ensemble", "scaled_soups", "uniform", "weighted", "gdpo", "dynaopt"]
 
 
 @dataclass(frozen=True, config=_strict)
 class CompareConfig:
     methods: list[Method] = Field(default_factory=lambda: ["ensemble", "soups", "uniform", "gdpo", "dynaopt"], min_length=1)
-    """ensemble: one policy per objective, hidden states averaged (EMORL); soups: the same policies, parameters averaged; the
-    others are train.mode's: one policy that trains as many steps as all of the ensemble's together. weighted trains
-    one policy for each entry of `preferences`, which share these steps"""
+    """ensemble: one policy per objective, hidden states averaged (EMORL); soups: the same policies, parameters averaged;
+    scaled_ensemble and scaled_soups: with their adapters times `adapter_scale`; the others are train.mode's: one policy that
+    trains as many steps as all of the ensemble's together. weighted trains one policy for each entry of `preferences`, which
+    share these steps"""
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     """one training, search and comparison with each; prompts are split alike in all"""
     preferences: list[dict[str, float]] = Field(default_factory=list)
     """of method weighted"""
+    adapter_scale: float = Field(default=2.0, gt=0)
+    """of the scaled methods"""
     bootstrap: int = Field(default=4000, ge=100)
     """resamples of seeds and prompts, for the intervals"""
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(self.methods):
             raise ValueError("methods and seeds: each of them once")
-        if "soups" in self.methods and "ensemble" not in self.methods:
-            raise ValueError("method soups averages the ensemble's policies; compare the ensemble too")
+        borrowed = [method for method in self.methods if method in ("soups", "scaled_ensemble", "scaled_soups")]
+        if borrowed and "ensemble" not in self.methods:
+            raise ValueError(f"method {borrowed[0]} combines the ensemble's policies; compare the ensemble too")
         if ("weighted" in self.methods) != bool(self.preferences):
             raise ValueError("method weighted and preferences go together, such as [{helpful: 2, polite: 1}, {polite: 1}]")
 

@@ -334,3 +334,33 @@ def test_help_teaches(command, capsys, monkeypatch):
     if command in ("run", "train", "search", "evaluate"):
         assert "search.proposer [auto]" in text
         assert "straight to trl.GRPOConfig" in text
+
+
+def test_policies_that_something_else_trained_are_searched_compared_and_reported(
+    experiment, tmp_path, make_causal_model, write_adapter
+):
+    """As TRL's own command line leaves them: an adapter without `policy.json`, and no record of its training."""
+    for seed, name in enumerate(("vowels", "digits")):
+        write_adapter(make_causal_model("llama"), tmp_path / "elsewhere" / "train" / name / "policy", seed=seed)
+    where = [f"policies={tmp_path / 'elsewhere'}", f"output={tmp_path / 'run'}", "search.levels=1", "evaluate.attacks=false"]
+    assert main(["run", str(experiment), *where]) == 0
+    assert (tmp_path / "run" / "report" / "report.html").exists()
+
+
+def test_overrides_may_stand_behind_an_option(experiment, tmp_path, capsys):
+    arguments = ["train", str(experiment), "--objective", "vowels", f"output={tmp_path}", "train.grpo.max_steps=many"]
+    assert main(arguments) == 2
+    assert "train.grpo.max_steps: expected a whole number of at least 1, got 'many'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", "run", "output=elsewhere"])
+    assert "unrecognized arguments: output=elsewhere" in capsys.readouterr().err
+
+
+def test_a_single_policy_trains_and_has_no_weights_to_search(experiment, tmp_path, capsys):
+    where = [f"output={tmp_path}", "train.mode=uniform", "train.grpo.max_steps=2"]
+    assert main(["train", str(experiment), *where, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["uniform"]
+    assert result["reward_weights"] == {"vowels": 0.5, "digits": 0.5}
+    for command in ("search", "run"):
+        assert main([command, str(experiment), *where]) == 2
+        assert "train.mode=uniform trains one policy, which has no weights to search" in capsys.readouterr().err

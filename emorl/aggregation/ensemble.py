@@ -89,6 +89,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         self.generation_config = deepcopy(base_model.generation_config)
         self.policy_names = (*adapters, *bare)
         self.adapter_paths = {name: adapter.path for name, adapter in adapters.items()}
+        self.adapter_scales = {name: adapter.scale for name, adapter in adapters.items()}
         self.include_base = include_base
         self._base_fingerprint = base_fingerprint(base_model)
         self.weights = [1 / len(self.policy_names)] * len(self.policy_names) if weights is None else weights
@@ -252,7 +253,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         self, save_directory: str | Path, **kwargs: Any
     ) -> None:
         """Write `config.json` with references, no parameters: where base and adapters are (local paths relative to this
-        directory, so that a run directory can be moved as a whole), policy order, weights, include_base."""
+        directory, so that a run directory can be moved as a whole), their scales, policy order, weights, include_base."""
         if kwargs:
             raise ValueError(f"save_pretrained() got {sorted(kwargs)}; references are saved, there are no options.")
         base = self.name_or_path
@@ -267,6 +268,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             "base_fingerprint": self._base_fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "adapters": {name: os.path.relpath(path.resolve(), directory) for name, path in self.adapter_paths.items()},
+            "adapter_scales": self.adapter_scales,
             "weights": list(self.weights),
             "include_base": self.include_base,
         }
@@ -297,7 +299,8 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         base_model = kind.from_pretrained(base, **base_options)
         if base_fingerprint(base_model) != references["base_fingerprint"]:
             raise ValueError(f"{file} was saved over another base than {base} holds now; put the former base back.")
-        adapters = {name: read_adapter(path) for name, path in paths.items()}
+        scales = references.get("adapter_scales", {})
+        adapters = {name: read_adapter(path, scales.get(name, 1.0)) for name, path in paths.items()}
         return cls(base_model, adapters, references["weights"], references["include_base"])
 
 

@@ -83,19 +83,21 @@ class Adapter:
     base_fingerprint: str | None
     task_type: str | None = None
     fan_in_fan_out: bool = False
+    scale: float = 1.0
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, scale: float = 1.0) -> Adapter:
     """Read a plain LoRA adapter that PEFT saved, e.g. `read_adapter("runs/mine/train/empathy/policy")`.
 
-    rsLoRA, rank_pattern and alpha_pattern are honoured. Raises ValueError for anything that is not plain LoRA.
+    `scale` multiplies what it adds to the base; above 1 it goes on beyond the trained policy (task arithmetic). rsLoRA,
+    rank_pattern and alpha_pattern are honoured. Raises ValueError for anything that is not plain LoRA.
     """
     path = Path(path).absolute()
     config = _read_config(path)
     _refuse_other_than_plain_lora(config, path)
     tensors = _read_tensors(path)
     modules = sorted({name for name, _ in tensors})
-    scalings = {module: _checked_scaling(module, tensors, config, path) for module in modules}
+    scalings = {module: scale * _checked_scaling(module, tensors, config, path) for module in modules}
     base_name = config.get("base_model_name_or_path") or None
     return Adapter(
         path=path,
@@ -104,6 +106,7 @@ def read_adapter(path: str | Path) -> Adapter:
         base_fingerprint=_recorded_fingerprint(path),
         task_type=config.get("task_type"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        scale=scale,
     )
 
 

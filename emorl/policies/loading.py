@@ -45,8 +45,8 @@ def load_base(config: BaseConfig) -> Base:
     return Base(model.eval(), tokenizer)
 
 
-def read_policies(directories: Mapping[str, Path], base: Base) -> dict[str, Adapter]:
-    """The adapters of several policies by name, in order.
+def read_policies(directories: Mapping[str, Path], base: Base, scale: float = 1.0) -> dict[str, Adapter]:
+    """The adapters of several policies by name, in order, each multiplied by `scale`.
 
     Raises:
         UserError: what is there is no plain LoRA adapter, or was trained with another tokenizer than the base's.
@@ -54,7 +54,7 @@ def read_policies(directories: Mapping[str, Path], base: Base) -> dict[str, Adap
     vocabulary, adapters = base.tokenizer.get_vocab(), {}
     for name, directory in directories.items():
         try:
-            adapters[name] = read_adapter(directory)
+            adapters[name] = read_adapter(directory, scale)
         except ValueError as error:
             raise UserError(f"policy {name!r}: {error}") from None
         saved = (directory / "tokenizer_config.json").is_file()

@@ -22,14 +22,14 @@ from emorl.config import UserError, as_mapping
 from emorl.evaluation.pareto import front, hypervolume
 from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
 from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
-from emorl.experiment import Experiment, SearchConfig
+from emorl.experiment import Experiment
 from emorl.objectives.loading import load_objective, outside_range
 from emorl.policies.loading import load_base, read_policies
 from emorl.progress import Progress, Silent
 from emorl.reporting.attacks import attack, attacks_missing, load_splits
 from emorl.reporting.results import BASE
 from emorl.runs import Run, only_process, open_run, write_json, written_whole
-from emorl.search.weight_search import read_result
+from emorl.search.weight_search import read_result, search_settings
 from emorl.training.policy import policy_directories, training_settings
 
 
@@ -76,9 +76,13 @@ def _identity(experiment: Experiment, systems: Sequence[System]) -> dict[str, An
     if how["perplexity_model"] is None:
         del how["perplexity_model"]  # runs from before this key are the same
     del whole["output"], whole["compare"]
-    if whole["search"]["aggregate"] == SearchConfig().aggregate:
-        del whole["search"]["aggregate"]  # runs from before these keys are the same
-    return {**whole, **training_settings(experiment), "evaluate": how, "systems": [asdict(system) for system in systems]}
+    return {
+        **whole,
+        **training_settings(experiment),
+        "search": search_settings(experiment),
+        "evaluate": how,
+        "systems": [asdict(system) for system in systems],
+    }
 
 
 def _systems(objectives: Sequence[str], found: Mapping[str, Any], front_points: int) -> list[System]:
@@ -119,7 +123,7 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     language_model = load_language_model(perplexity_model) if perplexity_model else None
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
     base = load_base(experiment.base)
-    adapters = read_policies(policy_directories(experiment), base)
+    adapters = read_policies(policy_directories(experiment), base, experiment.search.adapter_scale)
     include_base = any(BASE_POLICY in system.weights for system in systems)
     try:
         models: dict[str, PreTrainedModel] = {

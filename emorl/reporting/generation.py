@@ -27,7 +27,7 @@ def generate_lines(
     if not prompts:
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
     base = load_base(experiment.base)
-    adapters = read_policies(policy_directories(experiment), base)
+    adapters = read_policies(policy_directories(experiment), base, experiment.search.adapter_scale)
     ensemble = MIXTURES[experiment.search.aggregate](
         base.model, adapters, list(point["weights"].values()), include_base=experiment.search.include_base
     )

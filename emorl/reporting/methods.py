@@ -11,7 +11,7 @@ from typing import Any
 from emorl.config import UserError
 from emorl.experiment import Experiment, TrainConfig
 
-COMBINED = ("ensemble", "soups")
+COMBINED = ("ensemble", "soups", "scaled_ensemble", "scaled_soups")
 """methods that combine policies by weights, which are searched; all others train policies that are used as they are"""
 
 
@@ -43,8 +43,10 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
     policies = len(experiment.objectives)
     if method == "ensemble":
         return (own,)
-    if method == "soups":
-        search = replace(experiment.search, aggregate="parameters")
+    if method in COMBINED:
+        aggregate = "parameters" if method.endswith("soups") else "hidden_states"
+        scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.search.adapter_scale
+        search = replace(experiment.search, aggregate=aggregate, adapter_scale=scale)
         return (replace(own, policies=home / "ensemble", search=search),)
     train = experiment.train
     if method == "weighted":

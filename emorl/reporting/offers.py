@@ -110,7 +110,8 @@ def load_policy(experiment: Experiment, bare: bool = False) -> tuple[Any, Any, l
     directories = policy_directories(experiment)
     if experiment.train.mode == "ensemble":
         mixture = MIXTURES[experiment.search.aggregate]
-        model = mixture(base.model, read_policies(directories, base), include_base=experiment.search.include_base)
+        adapters = read_policies(directories, base, experiment.search.adapter_scale)
+        model = mixture(base.model, adapters, include_base=experiment.search.include_base)
         return model, base.tokenizer, list(model.policy_names)
     [directory] = directories.values()
     if experiment.train.tuning == "full":

@@ -24,8 +24,8 @@ class Results:
 
     `trials`, `summary` and `completions` are the tables of `search/trials.csv`, `evaluate/summary.csv` and
     `evaluate/completions.parquet`; `search` is the search's `result.json` and `indicators` the comparison's;
-    `training` maps an objective to the `result.json` of its policy; `hacking` is the comparison's `hacking.json`, None where
-    nothing was attacked. Metrics that a run of an older version lacks are NaN in `summary`.
+    `training` maps an objective to the `result.json` of its policy, if emorl trained it; `hacking` is the comparison's
+    `hacking.json`, None where nothing was attacked. Metrics that a run of an older version lacks are NaN in `summary`.
     """
 
     output: Path
@@ -76,6 +76,7 @@ def read_results(output: Path) -> Results:
         stage = "evaluate" if (output / "search" / "result.json").exists() else "run"
         raise UserError(f"{output} has no finished comparison; run `emorl {stage} {output / 'experiment.yaml'}` first")
     hacking_path = output / "evaluate" / "hacking.json"
+    trained = {name: experiment.training_of(name) / "result.json" for name in experiment.objectives}
     return Results(
         output=output,
         experiment=experiment,
@@ -84,7 +85,7 @@ def read_results(output: Path) -> Results:
         summary=_with_metrics(pd.read_csv(output / "evaluate" / "summary.csv")),
         completions=pd.read_parquet(output / "evaluate" / "completions.parquet"),
         indicators=read_json(output / "evaluate" / "result.json"),
-        training={name: read_json(experiment.training_of(name) / "result.json") for name in experiment.objectives},
+        training={name: read_json(path) for name, path in trained.items() if path.exists()},
         costs=cost_table(output),
         versions=manifest["versions"],
         hacking=read_json(hacking_path) if hacking_path.exists() else None,

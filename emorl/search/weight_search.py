@@ -37,6 +37,7 @@ STUDY_NAME = "weights"
 GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}
 AUTO = "auto"
 _DEFAULT_TRIALS = 100
+_LATER_SETTINGS = ("aggregate", "adapter_scale")
 _NOT_OF_THE_RESULT = ("batch", "memory", *(field.name for field in fields(Budget)))  # a budget may be raised
 
 
@@ -125,10 +126,15 @@ def chosen_proposer(config: SearchConfig) -> str:
 def _identity(experiment: Experiment) -> dict[str, Any]:
     whole = as_mapping(experiment)
     what = {**training_settings(experiment), "objectives": whole["objectives"]}
-    how = {key: value for key, value in whole["search"].items() if key not in _NOT_OF_THE_RESULT}
-    if how["aggregate"] == SearchConfig().aggregate:
-        del how["aggregate"]  # runs from before this key are the same
+    how = {key: value for key, value in search_settings(experiment).items() if key not in _NOT_OF_THE_RESULT}
     return {**what, "search": how, **({} if experiment.policies is None else {"policies": whole["policies"]})}
+
+
+def search_settings(experiment: Experiment) -> dict[str, Any]:
+    """The search block without later settings at their defaults: runs from before them are the same."""
+    defaults = as_mapping(SearchConfig())
+    block = as_mapping(experiment)["search"]
+    return {key: value for key, value in block.items() if key not in _LATER_SETTINGS or value != defaults[key]}
 
 
 def _budget(config: SearchConfig) -> Budget:

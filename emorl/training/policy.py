@@ -34,6 +34,7 @@ from emorl.training.trainers import (
 )
 
 POLICY_DIRECTORY = "policy"
+_POLICY_FILES = ("policy.json", "adapter_config.json")  # ours, or an adapter that something else trained
 _LATER_SETTINGS = ("mode", "preferences", "tuning", "scst", "dynaopt")  # runs from before them are the same at their defaults
 
 
@@ -70,7 +71,9 @@ def policy_directories(experiment: Experiment) -> dict[str, Path]:
         UserError: a policy has not been trained yet.
     """
     directories = {name: experiment.training_of(name) / POLICY_DIRECTORY for name in experiment.policy_names}
-    missing = [name for name, directory in directories.items() if not (directory / "policy.json").is_file()]
+    missing = [
+        name for name, directory in directories.items() if not any((directory / file).is_file() for file in _POLICY_FILES)
+    ]
     if missing:
         where = experiment.policies or experiment.output
         raise UserError(

@@ -117,8 +117,11 @@ def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
         if key in _SET_BY_EMORL:
             raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
     check_keys(block, {field.name for field in dataclasses.fields(kind)}, name, kind.__name__)
-    steps = block.get("max_steps", 400)
-    eval_steps = min(block.get("eval_steps", 8), steps)  # paper: validation every 8 steps
+    steps, eval_steps = block.get("max_steps", 400), block.get("eval_steps", 8)  # paper: validation every 8 steps
+    for key, value in (("max_steps", steps), ("eval_steps", eval_steps)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}.{key}: expected a whole number of at least 1, got {value!r:.60}")
+    eval_steps = min(eval_steps, steps)
     given = {**_defaults(experiment, steps, eval_steps), **({} if encoder_decoder else {"num_generations_eval": 1}), **block}
     fixed = {
         "output_dir": str(experiment.training_of(plan.name) / CHECKPOINTS),
