@@ -185,8 +185,7 @@ class SearchConfig:
     include_base: bool = False
     """the untrained base takes part as one more policy"""
     aggregate: Literal["hidden_states", "parameters"] = "hidden_states"
-    """what the weights average: the policies' last hidden states while decoding (EMORL), or their parameters (rewarded soups,
-    one candidate after the other)"""
+    """what the weights average: the policies' last hidden states while decoding (EMORL), or their parameters (soups)"""
     adapter_scale: float = Field(default=1.0, gt=0)
     """every adapter is multiplied by this before they are combined: a mean of K policies holds only 1/K of what each has
     learned, a scale up to K gives that back (task arithmetic's coefficient)"""

@@ -48,15 +48,36 @@ def test_the_counselling_recipe_runs_for_two_steps(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "report.html").exists()
 
 
+@pytest.mark.realdata
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_two_processes_train_one_policy(tmp_path, tiny_base_dir):
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "models").is_dir(), reason="needs ../shared")
+def test_the_papers_recipe_compares_for_two_steps_on_two_cores(tmp_path, tiny_seq2seq_dir, monkeypatch):
+    """On the real prompts; its base and its reward models are trained by hand, so a random T5 and rules stand in for them."""
+    monkeypatch.chdir(ROOT)
+    short = ["train.scst.max_steps=2", "train.scst.eval_steps=2", "train.scst.per_device_train_batch_size=2",
+             "generation.max_new_tokens=4", "search.levels=1", "data.validation=4", "data.test=4", "compare.seeds=[0]",
+             "compare.methods=[ensemble, soups, scaled_soups, gdpo]", "compare.bootstrap=100", f"base.model={tiny_seq2seq_dir}",
+             "objectives={reflection: distinct_2, empathy: length}", f"output={tmp_path}"]  # fmt: skip
+    assert main(["compare", "recipes/emorl_paper/cpu.yaml", *short, "--json"]) == 0
+    assert list(json.loads((tmp_path / "compare" / "result.json").read_text())["methods"]) == [
+        "base", "policies alone", "ensemble", "soups", "scaled_soups", "gdpo"
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["grpo", "scst"])
+def test_two_processes_train_one_policy(tmp_path, tiny_base_dir, tiny_seq2seq_dir, kind):
     """`torchrun` on CPU; with one process the completions would be half as many."""
+    base, batch = (tiny_base_dir, 4) if kind == "grpo" else (tiny_seq2seq_dir, 1)  # 4 completions each
     (tmp_path / "prompts.csv").write_text("prompt\n" + "\n".join(f"say {i}" for i in range(12)))
     overrides = {
-        "output": str(tmp_path / "run"), "base": {"model": str(tiny_base_dir)}, "objectives": {"short": "length"},
+        "output": str(tmp_path / "run"), "base": {"model": str(base)}, "objectives": {"short": "length"},
         "data": {"path": str(tmp_path / "prompts.csv"), "validation": 2, "test": 2},
         "generation": {"max_new_tokens": 4, "do_sample": False},
-        "train": {"grpo": {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4}},
+        "train": {
+            "lora": {"r": 4, "target_modules": "all-linear"},
+            kind: {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": batch, "num_generations": 4},
+        },
     }  # fmt: skip
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(overrides))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "recipes/train_policy.py"]
@@ -65,3 +86,4 @@ def test_two_processes_train_one_policy(tmp_path, tiny_base_dir):
     cost = json.loads((tmp_path / "run" / "train" / "short" / "cost.json").read_text())
     validations = 2 * 2
     assert cost["completions"] == 2 * (2 * 4) + validations
+    assert cost["prompts"] == 2 * 2 + validations

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
 
-from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.ensemble import AdapterMixture, HiddenStateEnsemble
 from emorl.aggregation.prefixes import UNKNOWN, Array, Choices, PrefixTree, Store, highest, undominated
 from emorl.aggregation.reading import CausalReader, Seq2SeqReader
 from emorl.aggregation.row_cache import RowLayer
@@ -31,7 +31,7 @@ _SEQUENCES_AT_ONCE = 512  # more are hardly faster on a CPU, and their keys and 
 _LOGITS_AT_ONCE = 2**22  # elements: 16 MiB in float32, which stays in a cache
 
 
-def plain_greedy(ensemble: HiddenStateEnsemble, generation: Mapping[str, Any]) -> dict[str, Any] | None:
+def plain_greedy(ensemble: AdapterMixture, generation: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `TrieDecoder` must know to decode as `ensemble.generate(**generation)` would, or None where that is more than
     greedy decoding: sampling, beams, penalties, suppressed tokens, stop strings, no `max_new_tokens`."""
     model: Any = ensemble  # generate() itself calls these two first

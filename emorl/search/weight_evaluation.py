@@ -1,7 +1,7 @@
 """Candidates that are weights become scores on the validation prompts: the expensive half of the weight search.
 
 Greedy candidates are decoded as one trie, with all prefixes remembered for the whole search; any other decoding, and that of
-parameter averages, runs through `generate()`, one candidate after the other with the same random numbers. Each text is scored
+parameter averages, runs through `generate()`; sampled candidates one by one, with the same random numbers. Each text is scored
 once. With `search.race`, candidates that are clearly worse than the best on the first prompts do not see the others.
 """
 
@@ -58,7 +58,10 @@ class WeightEvaluator:
         self._space, self._search, self._generation, self._seed = space, search, generation, seed
         self._value, self._memo = value, memo
         self._prompts = list(data["prompt"])
-        self._trie = self._new_trie()
+        greedy = plain_greedy(ensemble, generation) if search.samples == 1 else None
+        self._is_greedy = greedy is not None
+        # Of parameter averages every candidate gives a prefix another state: nothing could be shared.
+        self._trie = self._new_trie(greedy) if greedy is not None and isinstance(ensemble, HiddenStateEnsemble) else None
         self._best: np.ndarray | None = None  # (P, O) scores of the best candidate that saw all prompts
 
     @classmethod
@@ -88,12 +91,8 @@ class WeightEvaluator:
             memo=memo,
         )
 
-    def _new_trie(self) -> TrieDecoder | None:
-        if not isinstance(self._ensemble, HiddenStateEnsemble) or self._search.samples > 1:
-            return None  # every candidate's parameters give every prefix another state
-        greedy = plain_greedy(self._ensemble, self._generation)
-        if greedy is None:
-            return None
+    def _new_trie(self, greedy: Mapping[str, Any]) -> TrieDecoder:
+        assert isinstance(self._ensemble, HiddenStateEnsemble)
         inputs = encode(self._base.tokenizer, self._prompts)
         memory = _free_memory() // 2 if self._search.memory is None else int(self._search.memory * 2**30)
         try:
@@ -179,24 +178,26 @@ class WeightEvaluator:
             order = [(index, 0) for index in prompts] * len(vectors)
             table = completions_table(self._base.tokenizer, self._prompts, order, tokens.flatten(0, 1))
             return table.assign(candidate=np.repeat(np.arange(len(vectors)), len(prompts)))
-        return pd.concat(
-            [self._generate(vector, prompts).assign(candidate=index) for index, vector in enumerate(vectors)],
-            ignore_index=True,
-        )
+        if self._is_greedy:
+            return self._generate(vectors, prompts)
+        alone = [self._generate(vector[None], prompts).assign(candidate=index) for index, vector in enumerate(vectors)]
+        return pd.concat(alone, ignore_index=True)  # one by one, so that all see the same random numbers
 
-    def _generate(self, vector: torch.Tensor, prompts: range) -> pd.DataFrame:
-        """One candidate alone, so that all see the same random numbers."""
+    def _generate(self, vectors: torch.Tensor, prompts: range) -> pd.DataFrame:
+        """As `_complete`, through `generate()`: candidates and prompts are rows."""
+        asked = self._prompts[prompts.start : prompts.stop]
         table = generate(
             self._ensemble,
             self._base.tokenizer,
-            self._prompts[prompts.start : prompts.stop],
+            asked * len(vectors),
             self._generation,
             samples=self._search.samples,
             batch=_ROWS,
             seed=self._seed + prompts.start,
-            per_prompt={"weights": vector.expand(len(prompts), -1)},
+            per_prompt={"weights": vectors.repeat_interleave(len(asked), 0)},
         )
-        return table.assign(prompt_index=table["prompt_index"] + prompts.start)
+        row = table["prompt_index"]
+        return table.assign(prompt_index=row % len(asked) + prompts.start, candidate=row // len(asked))
 
 
 def _free_memory() -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.trie import plain_greedy
 from emorl.config import UserError
 from emorl.evaluation.memo import ScoreMemo
@@ -173,3 +173,14 @@ def test_only_plain_greedy_decoding_goes_through_the_trie(parts, generation, gre
     if found is not None:
         assert found["max_new_tokens"] == 5
         assert found["eos_token_id"] == generation.get("eos_token_id", [1])
+
+
+def test_parameter_averages_are_decoded_together_as_each_alone(make_causal_model, write_adapter, tokenizer, tmp_path):
+    base = make_causal_model("llama")
+    adapters = {name: read_adapter(write_adapter(base, tmp_path / name, seed=seed)) for seed, name in enumerate("abc")}
+    parts = ParameterAverage(base, adapters), Base(base, tokenizer)
+    some = candidates(5)
+    together = without_time(make(parts)(some))
+    alone = without_time([scored for one in some for scored in make(parts)([one])])
+    assert np.allclose([one.scores for one in together], [one.scores for one in alone])
+    assert together != without_time(make((HiddenStateEnsemble(base, adapters), parts[1]))(some))
