@@ -234,6 +234,8 @@ class CompareConfig:
     """of method weighted"""
     adapter_scale: float = Field(default=2.0, gt=0)
     """of the scaled methods"""
+    tuning: Literal["lora", "full"] = "lora"
+    """of the single policies; full as the authors' were, with more parameters than the ensemble has"""
     bootstrap: int = Field(default=4000, ge=100)
     """resamples of seeds and prompts, for the intervals"""
 

@@ -41,6 +41,8 @@ def plain_greedy(ensemble: AdapterMixture, generation: Mapping[str, Any]) -> dic
         return None
     if config.stop_strings or config.max_time or config.cache_implementation:
         return None
+    if any(name.endswith("final_logits_bias") for name, _ in ensemble.named_buffers()):
+        return None  # BART: a bias behind the head, and positions that count from the start of a cache
     if model._get_logits_processor(config, input_ids_seq_length=1, device="cpu", model_kwargs={}):
         return None
     end, pad = config._eos_token_tensor, config._pad_token_tensor

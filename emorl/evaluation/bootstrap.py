@@ -1,7 +1,8 @@
 """Intervals of a method's mean score and hypervolume, and of differences between methods, from few seeds and few prompts.
 
 Seeds and prompts are resampled independently of each other (the crossed or pigeonhole bootstrap, Owen 2007), the same ones for
-all methods, so that differences are paired. With three seeds an interval is a rough guide.
+all methods, so that differences are paired. With three seeds an interval is a rough guide. Noise raises a hypervolume, that of
+many points more than that of one: a front's is biased upwards, and its interval with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Offer:
-    """What one method offers with one seed: scores (N, P, O) of its points on the same prompts; `best` is the one it chose."""
+    """What one method offers with one seed: scores (N, P, O) of its points on the same prompts, NaN where nothing could be
+    scored; `best` is the point it chose."""
 
     scores: Scores
     best: int
@@ -57,11 +59,18 @@ def _statistics(
     """Both statistics (R,) under weights of seeds (R, S) and of prompts (R, P)."""
     means, volumes = [], []
     for index, offer in enumerate(offers):
-        points = np.einsum("rp,npo->rno", of_prompts, offer.scores)  # (R, N, O)
+        points = _means(offer.scores, of_prompts)  # (R, N, O)
         means.append(points[:, offer.best].mean(-1))
         drawn = of_seeds[:, index] > 0  # the others count nothing
         volumes.append(np.array([hypervolume(p, reference) if used else 0.0 for p, used in zip(points, drawn, strict=True)]))
     return np.einsum("rs,sr->r", of_seeds, np.array(means)), np.einsum("rs,sr->r", of_seeds, np.array(volumes))
+
+
+def _means(scores: Scores, of_prompts: Scores) -> Scores:
+    """Means (R, N, O) over the prompts that have a score, of scores (N, P, O) and weights of the prompts (R, P)."""
+    known = ~np.isnan(scores)
+    total = np.einsum("rp,npo->rno", of_prompts, np.where(known, scores, 0.0))
+    return total / np.einsum("rp,npo->rno", of_prompts, known.astype(float))
 
 
 def difference(one: Scores, other: Scores) -> Difference:

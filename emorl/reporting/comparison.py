@@ -29,7 +29,7 @@ from emorl.progress import Progress, Silent
 from emorl.reporting.attacks import attack, attacks_missing, load_splits
 from emorl.reporting.results import BASE
 from emorl.runs import Run, only_process, open_run, write_json, written_whole
-from emorl.search.weight_search import read_result, search_settings
+from emorl.search.weight_search import check_mode, read_result, search_settings
 from emorl.training.policy import policy_directories, training_settings
 
 
@@ -50,6 +50,7 @@ def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     Systems scored before an interruption are kept; a finished comparison gets attacks that it lacks.
     """
     progress = progress or Silent()
+    check_mode(experiment)
     check_generation(experiment.generation)
     check_language_model(experiment.evaluate.perplexity_model)
     path = experiment.output / "evaluate"

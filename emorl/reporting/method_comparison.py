@@ -6,7 +6,7 @@ that neither training nor search has seen. Departures from EMORL's comparison: t
 full tuning), equal prompts instead of each method's own stopping time (both are reported), every method's KL term acts.
 
 A method's best point is what it chose itself on the validation prompts: the best of the search, or the policy. Its hypervolume
-is that of all points it offers: up to `evaluate.front_points` of a front, or one.
+is that of all points it offers: that one and up to `evaluate.front_points` of the front, or one policy for each preference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,14 +99,14 @@ Offered = dict[str, dict[int, list[Point]]]
 
 def _score(experiment: Experiment, runs: Sequence[MethodRun], progress: Progress) -> Offered:
     """Scores all points on the test prompts. The bare base and each policy alone come with the ensemble."""
-    [data, *_] = {run.seed: load_splits(run.experiments[0]).test for run in runs[:1]}.values()
+    data = load_splits(runs[0].experiments[0]).test  # split alike for all seeds
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
     offered: Offered = {}
     for run in runs:
         methods = [BASE_METHOD, ALONE_METHOD, run.method] if run.method == FIRST else [run.method]
         for method in methods:
             points = []
-            for one in run.experiments:
+            for one in sorted(run.experiments, key=_validation_reward) if method == "weighted" else run.experiments:
                 found = points_of(one, method)
                 score_points(one, found, data, objectives, progress)
                 points += found
@@ -114,15 +114,23 @@ def _score(experiment: Experiment, runs: Sequence[MethodRun], progress: Progress
     return offered
 
 
+def _validation_reward(experiment: Experiment) -> float:
+    """Less the mean score of a single policy on the validation prompts: the best one comes first."""
+    [name] = experiment.policy_names
+    scores = read_json(experiment.training_of(name) / "result.json")["scores"]
+    return -sum(scores.values()) / len(scores)
+
+
 def _decode_costs(experiment: Experiment, runs: Sequence[MethodRun], path: Path, progress: Progress) -> dict[str, float]:
     """Seconds of decoding by method, of the first seed's policies; measured once."""
     file = path / "decode.json"
     first = {run.method: run.experiments[0] for run in runs if run.seed == runs[0].seed}
-    if file.exists() and set(read_json(file)) >= set(first):
-        return read_json(file)
+    measured = read_json(file) if file.exists() else {}
+    if measured.get("seeds") == experiment.compare.seeds and measured["seconds"].keys() >= first.keys():
+        return measured["seconds"]  # of other seeds: measured while their trainings ran
     progress.say(f"compare: timing the decoding of {len(first)} methods")
     seconds = decode_seconds(first, load_splits(experiment).test["prompt"])
-    write_json(file, seconds)
+    write_json(file, {"seeds": experiment.compare.seeds, "seconds": seconds})
     return seconds
 
 
@@ -159,7 +167,8 @@ def _write(experiment: Experiment, offered: Offered, seconds: Mapping[str, float
     for name, table in (("points", points), ("seeds", seeds)):
         with written_whole(path / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
-    write_json(path / "result.json", _result(experiment, seeds, statistics, reference))
+    [prompts] = {offer.scores.shape[1] for own in offers.values() for offer in own}
+    write_json(path / "result.json", _result(experiment, seeds, statistics, reference, prompts))
 
 
 def _scores(tables: Sequence[pd.DataFrame], names: Sequence[str]) -> np.ndarray:
@@ -190,10 +199,12 @@ def _result(
     seeds: pd.DataFrame,
     statistics: Mapping[str, tuple[np.ndarray, np.ndarray]],
     reference: Sequence[float],
+    test_prompts: int,
 ) -> dict[str, Any]:
     """Means and standard deviations over seeds, differences from the first method, and its best rivals."""
     numbers = seeds.drop(columns=["seed"]).groupby("method", sort=False)
     mean, deviation = numbers.mean(), numbers.std()
+    mean["converged_prompts"] = numbers["converged_prompts"].agg(lambda found: found.mean(skipna=False))  # all seeds, or none
     methods = {
         method: {
             column: {"mean": _known(mean.loc[method, column]), "deviation": _known(deviation.loc[method, column])}
@@ -218,7 +229,7 @@ def _result(
     return {
         "objectives": list(experiment.objectives),
         "seeds": list(experiment.compare.seeds),
-        "test_prompts": experiment.data.test,
+        "test_prompts": test_prompts,
         "first": first,
         "methods": methods,
         "differences": differences,

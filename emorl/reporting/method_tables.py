@@ -40,7 +40,14 @@ def _scores(result: Mapping[str, Any]) -> str:
         cells += [_cell(row[name], digits) for name, (_, digits) in _QUALITY.items()]
         lines.append(f"| {' | '.join([_bold(method, result), *cells])} |")
     reference = ", ".join(f"{name} {value:.3f}" for name, value in result["reference_point"].items())
-    return "\n".join([*lines, "", f"Hypervolume of all points a method offers, larger is better; reference point {reference}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Hypervolume of all points a method offers, larger is better, and larger by noise for many points; "
+            f"reference point {reference}.",
+        ]
+    )
 
 
 def _differences(result: Mapping[str, Any]) -> str:

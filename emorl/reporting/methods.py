@@ -1,18 +1,23 @@
 """What a comparison of methods consists of: one experiment for each policy or ensemble that a method trains, per seed.
 
 Equal budgets: a method's policies together train as many steps, with as many prompts and samples each, as the ensemble's
-policies together. Kept free of torch.
+policies together, and none stops when it has converged (when it would have is reported). Only a collapse ends one early.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from emorl.config import UserError
 from emorl.experiment import Experiment, TrainConfig
+from emorl.training.trainers import training_block, training_steps
 
 COMBINED = ("ensemble", "soups", "scaled_ensemble", "scaled_soups")
 """methods that combine policies by weights, which are searched; all others train policies that are used as they are"""
+
+TABLE_COLUMNS = frozenset(
+    {"method", "seed", "point", "best", "points", "hypervolume", "decode_cost", "prompts", "converged_prompts", "all_prompts",
+     "reward_calls", "seconds", "search_seconds"}
+)  # fmt: skip
+"""columns of the comparison beside those of every summary"""
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,21 @@ def method_runs(experiment: Experiment) -> list[MethodRun]:
     """
     if experiment.policies is not None or experiment.train.mode != "ensemble":
         raise UserError("compare trains all methods itself: leave out `policies` and `train.mode`")
-    methods, seeds = experiment.compare.methods, experiment.compare.seeds
+    if experiment.search.storage is not None:
+        raise UserError("compare searches once per method and seed, each in its own journal: leave out `search.storage`")
+    taken = sorted(TABLE_COLUMNS & set(experiment.objectives))
+    if taken:
+        raise UserError(f"objectives: {taken[0]!r} is a column of compare's tables; give that objective another name")
+    seeds = experiment.compare.seeds
+    methods = sorted(experiment.compare.methods, key=lambda method: method != "ensemble")  # others use its policies
     return [MethodRun(method, seed, _experiments(experiment, method, seed)) for seed in seeds for method in methods]
 
 
 def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experiment, ...]:
     home = experiment.output / f"seed-{seed}"
     split_seed = experiment.seed if experiment.data.seed is None else experiment.data.seed
-    own = replace(experiment, output=home / method, seed=seed, data=replace(experiment.data, seed=split_seed))
+    train = replace(experiment.train, convergence=replace(experiment.train.convergence, threshold=0.0))
+    own = replace(experiment, output=home / method, seed=seed, data=replace(experiment.data, seed=split_seed), train=train)
     policies = len(experiment.objectives)
     if method == "ensemble":
         return (own,)
@@ -48,22 +60,22 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
         scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.search.adapter_scale
         search = replace(experiment.search, aggregate=aggregate, adapter_scale=scale)
         return (replace(own, policies=home / "ensemble", search=search),)
-    train = experiment.train
+    single = replace(train, tuning=experiment.compare.tuning)
     if method == "weighted":
         preferences = experiment.compare.preferences
         return tuple(
             replace(
                 own,
                 output=home / f"weighted-{number}",
-                train=replace(_longer(train, policies / len(preferences)), mode="weighted", preferences=dict(one)),
+                train=replace(_longer(own, single, policies / len(preferences)), mode="weighted", preferences=dict(one)),
             )
             for number, one in enumerate(preferences, 1)
         )
-    return (replace(own, train=replace(_longer(train, policies), mode=method)),)
+    return (replace(own, train=replace(_longer(own, single, policies), mode=method)),)
 
 
-def _longer(train: TrainConfig, factor: float) -> TrainConfig:
-    def scaled(block: Mapping[str, Any]) -> dict[str, Any]:
-        return {**block, "max_steps": max(1, round(block.get("max_steps", 400) * factor))}
-
-    return replace(train, grpo=scaled(train.grpo), scst=scaled(train.scst))
+def _longer(experiment: Experiment, train: TrainConfig, factor: float) -> TrainConfig:
+    name, block = training_block(experiment)
+    steps, _ = training_steps(name, block)
+    longer = {**block, "max_steps": max(1, round(steps * factor))}
+    return replace(train, scst=longer) if name == "train.scst" else replace(train, grpo=longer)

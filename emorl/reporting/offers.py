@@ -1,5 +1,7 @@
 """What a trained method offers on the test prompts: its points, their scored completions on disk, and what they cost."""
 
+import hashlib
+import json
 import math
 import re
 import time
@@ -45,32 +47,36 @@ class Point:
 
 def points_of(experiment: Experiment, method: str) -> list[Point]:
     """The points that a method chose on the validation prompts, its best one first."""
-    folder = experiment.output / "test"
-    if method == BASE_METHOD:
-        return [Point("base", {}, folder / "base.parquet")]
     names = list(experiment.objectives)
-    if method == ALONE_METHOD:
-        results = {name: read_json(experiment.training_of(name) / "result.json") for name in names}
-        chosen = {name: {other: float(other == name) for other in names} for name in _best_alone_first(experiment, results)}
+    if method == BASE_METHOD:
+        chosen: dict[str, Mapping[str, float]] = {BASE_METHOD: {}}
+    elif method == ALONE_METHOD:
+        chosen = {name: {other: float(other == name) for other in names} for name in _best_alone_first(experiment)}
     elif method in COMBINED:
         found = read_result(experiment)
         front = spread(
             [[point["scores"][name] for name in names] for point in found["front"]], experiment.evaluate.front_points
         )
-        chosen = {"best found": found["best"]["weights"]}
         others = [found["front"][index]["weights"] for index in front]
+        chosen = {"best found": found["best"]["weights"]}
         chosen |= {f"front {number}": weights for number, weights in enumerate(others, 1) if weights != chosen["best found"]}
     else:
         chosen = {method: {}}
-    return [
-        Point(name, weights, folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.parquet") for name, weights in chosen.items()
-    ]
+    return [Point(name, weights, _table_of(experiment, name, weights)) for name, weights in chosen.items()]
 
 
-def _best_alone_first(experiment: Experiment, results: Mapping[str, Any]) -> list[str]:
+def _table_of(experiment: Experiment, name: str, weights: Mapping[str, float]) -> Path:
+    """Named after all that its completions depend on and no run in this output says: a search may go on and find others."""
+    digest = hashlib.sha256(json.dumps([dict(weights), experiment.evaluate.samples]).encode()).hexdigest()[:8]
+    return experiment.output / "test" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest}.parquet"
+
+
+def _best_alone_first(experiment: Experiment) -> list[str]:
     """Policies by their value in the ensemble's search, which evaluated each alone."""
     trials = pd.read_csv(experiment.output / "search" / "trials.csv")
-    value = {name: float(trials.loc[np.isclose(trials[f"weight_{name}"], 1.0), "value"].max()) for name in results}
+    value = {
+        name: float(trials.loc[np.isclose(trials[f"weight_{name}"], 1.0), "value"].max()) for name in experiment.objectives
+    }
     return sorted(value, key=lambda name: -value[name])
 
 
@@ -84,7 +90,7 @@ def score_points(
     model, tokenizer, policies = load_policy(experiment, bare=all(point.name == BASE_METHOD for point in missing))
     with progress.bar(f"test {missing[0].table.parents[1].name}", len(missing)) as bar:
         for point in missing:
-            weights = torch.tensor([point.weights[name] for name in policies]) if point.weights else None  # (K,)
+            weights = torch.tensor([point.weights.get(name, 0.0) for name in policies]) if point.weights else None  # (K,)
             table = evaluate(
                 model,
                 tokenizer,

@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+SCORE = "score_"
+"""before an objective's name among the metrics of a validation"""
+
 
 class Exp3:
     """The adversarial bandit of Auer et al. 2002: arm weights (N,), of which a share `gamma` of the draws takes no notice."""
@@ -57,7 +60,7 @@ class DynaOptCallback(TrainerCallback):
     """Sets the reward weights after every validation, and where a resumed training begins."""
 
     def __init__(self, objectives: Sequence[str], gamma: float, seed: int, set_weights: Callable[[list[float]], None]) -> None:
-        self._keys = [f"eval_{name}" for name in objectives]
+        self._objectives, self._keys = list(objectives), [f"eval_{SCORE}{name}" for name in objectives]
         self._gamma, self._seed, self._set_weights = gamma, seed, set_weights
 
     def on_train_begin(
@@ -70,7 +73,7 @@ class DynaOptCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         weights = self._update(state)
         entry = state.log_history[-1]
-        entry.update({f"weight_{key.removeprefix('eval_')}": weight for key, weight in zip(self._keys, weights, strict=True)})
+        entry.update({f"weight_{name}": weight for name, weight in zip(self._objectives, weights, strict=True)})
 
     def _update(self, state: TrainerState) -> list[float]:
         seen = [[entry[key] for key in self._keys] for entry in state.log_history if self._keys[0] in entry]

@@ -21,6 +21,7 @@ from emorl.progress import Progress, Silent
 from emorl.runs import Run, only_process, open_run, write_json
 from emorl.training.callbacks import CollapseCallback, CostCallback, ProgressCallback
 from emorl.training.checkpoints import last_complete_checkpoint
+from emorl.training.dynaopt import SCORE
 from emorl.training.modes import PolicyPlan, plan_of
 from emorl.training.trainers import (
     BETA,
@@ -87,6 +88,8 @@ def training_settings(experiment: Experiment) -> dict[str, Any]:
     """What trained policies depend on beside their objectives: search and report settings do not matter."""
     whole, defaults = as_mapping(experiment), as_mapping(TrainConfig())
     train = {key: value for key, value in whole["train"].items() if key not in _LATER_SETTINGS or value != defaults[key]}
+    if experiment.train.mode != "dynaopt":
+        train.pop("dynaopt", None)
     return {**{key: whole[key] for key in ("base", "data", "generation", "seed")}, "train": train}
 
 
@@ -159,7 +162,7 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
         "prompts_per_step": prompts_per_step(config),
         "base_reward": first["eval_reward"],
         "reward": best["eval_reward"],
-        "scores": {name: best[f"eval_{name}"] for name in plan.objectives if f"eval_{name}" in best},
+        "scores": {name: best[key] for name in plan.objectives if (key := f"eval_{SCORE}{name}") in best},
         "kl": best.get("eval_kl"),  # a run of an earlier version may be resumed
         "scale": "; ".join(str(objective.scale) for objective in objectives),
         "scores_outside_range": sum(objective.outside for objective in objectives),

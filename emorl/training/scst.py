@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -30,16 +30,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    set_seed,
 )
 from trl.models import unwrap_model_for_generation
 
 from emorl.policies.prompts import as_completion, decode, encode
+from emorl.training.advantages import AGGREGATIONS, BASELINES, advantages_of
 
-BASELINES = ("leave_one_out", "group_mean")
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 SCALES = ("none", "group")
-_EPSILON = 1e-4  # TRL's, added to standard deviations
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -63,7 +60,10 @@ class SCSTConfig(Seq2SeqTrainingArguments):
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
-        metadata={"help": "with several rewards: their weighted sum, or (normalize_then_sum, GDPO) each normalised first"},
+        metadata={
+            "help": "with several rewards: their weighted sum, or (normalize_then_sum, GDPO) each normalised first; then "
+            "normalised in the batch of one process, without baseline and scale_rewards"
+        },
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "of several rewards; all 1 by default"})
     disable_dropout: bool = field(default=True, metadata={"help": "train without dropout, as is sampled"})
@@ -121,6 +121,10 @@ class SCSTTrainer(Seq2SeqTrainer):
     ) -> None:
         if not model.config.is_encoder_decoder:
             raise ValueError(f"{type(model).__name__} has no encoder; train a decoder with TRL's GRPOTrainer")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs; start one process per GPU with accelerate launch or torchrun"
+            )
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(reward_funcs)
         if len(weights) != len(reward_funcs):
             raise ValueError(f"reward_weights: expected {len(reward_funcs)}, one for each reward, got {len(weights)}")
@@ -147,6 +151,7 @@ class SCSTTrainer(Seq2SeqTrainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        set_seed(args.seed, device_specific=True)  # processes sample with random numbers of their own
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -167,9 +172,11 @@ class SCSTTrainer(Seq2SeqTrainer):
             policy: Any = model.eval()
             bare = policy.get_base_model() if isinstance(policy, PeftModel) else policy
             own, bare.generation_config = bare.generation_config, self._generation
-            output = policy.generate(**inputs)
-            bare.generation_config = own
-            policy.train(training)
+            try:
+                output = policy.generate(**inputs)
+            finally:
+                bare.generation_config = own
+                policy.train(training)
         ids = output[:, 1:]  # behind the decoder's start token
         mask = _up_to_end(ids, self._generation.eos_token_id)
         rewards = self._rewards(rows, ids, mask)
@@ -191,7 +198,7 @@ class SCSTTrainer(Seq2SeqTrainer):
         if self._settings.beta > 0:
             with torch.no_grad():
                 if self.ref_model is None:
-                    with _unwrapped(self, model).disable_adapter():
+                    with self.accelerator.unwrap_model(model).disable_adapter():
                         log_q = self._log_probabilities(model, samples)
                 else:
                     log_q = self._log_probabilities(self.ref_model, samples)
@@ -250,44 +257,6 @@ class SCSTTrainer(Seq2SeqTrainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
 
-def advantages_of(
-    rewards: Tensor,
-    weights: Tensor,
-    samples: int,
-    *,
-    baseline: str = "leave_one_out",
-    aggregation: str = "sum_then_normalize",
-    scale: bool = False,
-) -> Tensor:
-    """Advantages (N,) of rewards (N, O), those of a prompt's samples together; NaN is no reward.
-
-    A sample that nothing could score has advantage 0 and is in no baseline; equal rewards have advantage 0.
-
-    Args:
-        weights: (O,) of the objectives.
-        samples: G, per prompt.
-        baseline: the mean of the prompt's other samples, or of all of them.
-        aggregation: the weighted sum less its baseline, or each objective less its group's mean, over its standard
-            deviation, then the weighted sum, which is normalised over the batch (GDPO, as TRL).
-        scale: divide the former by the standard deviation of the prompt's rewards.
-    """
-    unscored = rewards.isnan().all(1)
-    if aggregation == "normalize_then_sum":
-        grouped = rewards.unflatten(0, (-1, samples))  # (B, G, O)
-        normalized = ((grouped - grouped.nanmean(1, keepdim=True)) / (_nanstd(grouped, 1) + _EPSILON)).flatten(0, 1)
-        total = (normalized * weights).nansum(1).masked_fill(unscored, torch.nan)
-        advantages = (total - total.nanmean()) / (_nanstd(total, 0) + _EPSILON)
-        return advantages.nan_to_num(0.0)
-    total = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan).unflatten(0, (-1, samples))  # (B, G)
-    count = (~total.isnan()).sum(1, keepdim=True)
-    advantages = total - total.nanmean(1, keepdim=True)
-    if baseline == "leave_one_out":
-        advantages = advantages * count / (count - 1).clamp(min=1)
-    if scale:
-        advantages = advantages / (_nanstd(total, 1) + _EPSILON)
-    return advantages.flatten().nan_to_num(0.0)
-
-
 def _sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SCSTConfig) -> Any:
     """Sampling from the policy itself: what else a model's own generation config asks for (forced tokens, penalties) would give
     samples of another distribution than the one that is learned from."""
@@ -307,13 +276,6 @@ def _sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
     )
 
 
-def _nanstd(values: Tensor, dimension: int) -> Tensor:
-    """Standard deviation (with n - 1) along a dimension, which is kept; 0 where there are fewer than two numbers."""
-    mean = values.nanmean(dimension, keepdim=True)
-    count = (~values.isnan()).sum(dimension, keepdim=True)
-    return ((values - mean).square().nansum(dimension, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-
-
 def _up_to_end(ids: Tensor, ends: Sequence[int]) -> Tensor:
     """1 up to and on the first end token, 0 behind it; like `ids`, (N, T)."""
     is_end = torch.isin(ids, torch.tensor(list(ends), device=ids.device))
@@ -322,7 +284,3 @@ def _up_to_end(ids: Tensor, ends: Sequence[int]) -> Tensor:
 
 def _as_rows(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return features
-
-
-def _unwrapped(trainer: Any, model: Any) -> PeftModel | Any:
-    return trainer.accelerator.unwrap_model(model)

@@ -27,7 +27,7 @@ from emorl.policies.loading import is_encoder_decoder, load_base, load_tokenizer
 from emorl.policies.prompts import is_chat
 from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
-from emorl.training.dynaopt import DynaOptCallback
+from emorl.training.dynaopt import SCORE, DynaOptCallback
 from emorl.training.modes import PolicyPlan
 from emorl.training.scst import SCSTConfig, SCSTTrainer
 
@@ -71,7 +71,7 @@ class _ValidatedPolicy:
         self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Decodes the validation prompts; metrics `eval_reward` (weighted mean of the scores, also where training maximises
-        their logs), `eval_<objective>`, `eval_kl` and `eval_` before what `_VALIDATED` names."""
+        their logs), `eval_score_<objective>`, `eval_kl` and `eval_` before what `_VALIDATED` names."""
         start, training = time.perf_counter(), self.model.training
         self.model.eval()
         what, tokenizer = self.validation, self.processing_class
@@ -81,7 +81,8 @@ class _ValidatedPolicy:
             kl = kl_to_base(model, tokenizer, prompts, table["completion"].tolist(), self.ref_model)
         names = [objective.name for objective in what.objectives]
         summary = summarize(table, names)
-        found = {key: summary[key] for key in (*names, *_VALIDATED)}
+        found = {key: summary[key] for key in _VALIDATED}
+        found |= {f"{SCORE}{name}": summary[name] for name in names}
         found["reward"] = sum(weight * summary[name] for weight, name in zip(what.weights, names, strict=True))
         found |= {"completions": len(table), "tokens": int(table["tokens"].sum()), "runtime": time.perf_counter() - start}
         if kl is not None:
@@ -110,19 +111,14 @@ def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
     Raises:
         UserError: an unknown or impossible setting, or one that emorl sets itself.
     """
-    encoder_decoder = is_encoder_decoder(experiment.base.model)
-    kind, name = (SCSTConfig, "train.scst") if encoder_decoder else (GRPOConfig, "train.grpo")
-    block = experiment.train.scst if encoder_decoder else experiment.train.grpo
+    name, block = training_block(experiment)
+    kind = SCSTConfig if name == "train.scst" else GRPOConfig
     for key in block:
         if key in _SET_BY_EMORL:
             raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
     check_keys(block, {field.name for field in dataclasses.fields(kind)}, name, kind.__name__)
-    steps, eval_steps = block.get("max_steps", 400), block.get("eval_steps", 8)  # paper: validation every 8 steps
-    for key, value in (("max_steps", steps), ("eval_steps", eval_steps)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}.{key}: expected a whole number of at least 1, got {value!r:.60}")
-    eval_steps = min(eval_steps, steps)
-    given = {**_defaults(experiment, steps, eval_steps), **({} if encoder_decoder else {"num_generations_eval": 1}), **block}
+    steps, eval_steps = training_steps(name, block)
+    given = {**_defaults(experiment, steps, eval_steps), **({"num_generations_eval": 1} if kind is GRPOConfig else {}), **block}
     fixed = {
         "output_dir": str(experiment.training_of(plan.name) / CHECKPOINTS),
         "seed": experiment.seed,
@@ -142,6 +138,34 @@ def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
     if not isinstance(config.beta, (int, float)) or config.beta < 0:
         raise UserError(f"{name}.beta: expected a number of at least 0, got {config.beta!r:.60}")
     return config
+
+
+def training_block(experiment: Experiment) -> tuple[str, Mapping[str, Any]]:
+    """Name and content of the block that suits the base: `train.scst` for an encoder-decoder, else `train.grpo`.
+
+    Raises:
+        UserError: the other block has settings.
+    """
+    blocks = {"train.grpo": experiment.train.grpo, "train.scst": experiment.train.scst}
+    encoder_decoder = is_encoder_decoder(experiment.base.model)
+    name, other = ("train.scst", "train.grpo") if encoder_decoder else ("train.grpo", "train.scst")
+    if blocks[other]:
+        what = "an encoder-decoder" if encoder_decoder else "a decoder"
+        raise UserError(f"{other} has settings, but base.model {experiment.base.model!r} is {what}; use {name}")
+    return name, blocks[name]
+
+
+def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
+    """Most steps, and steps between two validations.
+
+    Raises:
+        UserError: no whole numbers.
+    """
+    steps, eval_steps = block.get("max_steps", 400), block.get("eval_steps", 8)  # paper: validation every 8 steps
+    for key, value in (("max_steps", steps), ("eval_steps", eval_steps)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}.{key}: expected a whole number of at least 1, got {value!r:.60}")
+    return steps, min(eval_steps, steps)
 
 
 def _defaults(experiment: Experiment, steps: int, eval_steps: int) -> dict[str, Any]:
@@ -186,7 +210,11 @@ def lora_config(experiment: Experiment) -> LoraConfig | None:
         lora = LoraConfig(**{"task_type": task, **block})
     except (ValueError, TypeError) as error:
         raise UserError(f"train.lora: {' '.join(str(error).split())}") from None
-    return None if experiment.train.tuning == "full" else lora
+    if experiment.train.tuning == "lora":
+        return lora
+    if experiment.base.dtype != "float32":
+        raise UserError("train.tuning: full needs base.dtype: float32; in bfloat16 small steps are lost")
+    return None
 
 
 def build_trainer(

@@ -16,6 +16,13 @@ def test_the_first_row_is_what_was_measured():
     assert volume[0] == pytest.approx(0.3 * 0.7 + 0.3 * 0.3)  # the points' means are (0.3, 0.7) and (0.6, 0.3)
 
 
+def test_a_prompt_that_could_not_be_scored_is_left_out():
+    points = np.array([[[0.2, 0.8], [np.nan, 0.6]]])
+    mean, volume = resampled({"a": [Offer(points, best=0)]}, REFERENCE, 0, seed=0)["a"]
+    assert mean[0] == pytest.approx((0.2 + 0.7) / 2)
+    assert volume[0] == pytest.approx(0.2 * 0.7)
+
+
 def test_seeds_are_averaged():
     offers = [Offer(np.full((1, 3, 2), level), 0) for level in (0.2, 0.6)]
     mean, volume = resampled({"a": offers}, REFERENCE, 50, seed=0)["a"]

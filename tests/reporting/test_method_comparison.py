@@ -83,7 +83,9 @@ def test_all_are_scored_on_the_same_prompts_that_no_seed_trained_on(finished, ex
 def test_what_the_tables_say_follows_from_the_completions(finished, result):
     seeds = pd.read_csv(finished / "compare" / "seeds.csv")
     scores = [
-        pd.read_parquet(finished / f"seed-{seed}" / "uniform" / "test" / "uniform.parquet")[["vowels", "digits"]].mean()
+        pd.read_parquet(next((finished / f"seed-{seed}" / "uniform" / "test").glob("uniform-*.parquet")))[
+            ["vowels", "digits"]
+        ].mean()
         for seed in (3, 4)
     ]
     uniform = result["methods"]["uniform"]
@@ -137,6 +139,13 @@ def test_one_seed_of_fewer_methods_is_a_comparison_too(experiment, finished, cap
     assert found["methods"]["gdpo"]["decode_cost"]["mean"] > 0
 
 
+def test_the_ensemble_comes_first_and_none_stops_by_convergence(experiment):
+    order = ["compare.methods=[gdpo, soups, ensemble]", "compare.preferences=[]", "compare.seeds=[0]"]
+    runs = method_runs(load_experiment(experiment, order))
+    assert [run.method for run in runs] == ["ensemble", "gdpo", "soups"]
+    assert {one.train.convergence.threshold for run in runs for one in run.experiments} == {0.0}
+
+
 def test_the_tables_name_every_method_and_what_it_cost(result):
     text = method_tables(result)
     assert text.count("**ensemble**") == 2
@@ -149,7 +158,7 @@ def test_the_tables_name_every_method_and_what_it_cost(result):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["compare.methods=[soups]", "compare.preferences=[]"], "method soups averages the ensemble's policies"),
+        (["compare.methods=[soups]", "compare.preferences=[]"], "method soups combines the ensemble's policies"),
         (["compare.preferences=[]"], "method weighted and preferences go together"),
         (["compare.preferences=[{vowel: 1}]"], "compare.preferences names ['vowel']"),
         (["train.mode=uniform"], "compare trains all methods itself"),
@@ -157,6 +166,10 @@ def test_the_tables_name_every_method_and_what_it_cost(result):
         (["train.scst.max_step=3"], "unknown key 'train.scst.max_step'"),
         (["train.scst.num_generations=1"], "a sample needs another one"),
         (["train.scst.reward_weights=[1]"], "use train.mode and train.preferences"),
+        (["train.scst.max_steps=many"], "train.scst.max_steps: expected a whole number of at least 1, got 'many'"),
+        (["train.grpo.max_steps=3"], "train.grpo has settings, but base.model"),
+        (["search.storage=sqlite:///x.db"], "leave out `search.storage`"),
+        (["objectives.points=length"], "'points' is a column of compare's tables"),
     ],
 )
 def test_mistakes_are_one_line(experiment, tmp_path, capsys, overrides, message):

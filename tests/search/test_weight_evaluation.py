@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from peft import PeftModel
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.trie import plain_greedy
 from emorl.config import UserError
 from emorl.evaluation.memo import ScoreMemo
+from emorl.evaluation.scoring import evaluate
 from emorl.experiment import SearchConfig
 from emorl.objectives.loading import Objective
 from emorl.objectives.scalarize import scalarize
@@ -184,3 +188,22 @@ def test_parameter_averages_are_decoded_together_as_each_alone(make_causal_model
     alone = without_time([scored for one in some for scored in make(parts)([one])])
     assert np.allclose([one.scores for one in together], [one.scores for one in alone])
     assert together != without_time(make((HiddenStateEnsemble(base, adapters), parts[1]))(some))
+
+
+@torch.no_grad()
+def test_a_bart_is_searched_through_generate(write_adapter, tokenizer, tmp_path):
+    """Its bias behind the head and its absolute positions are nothing for the trie."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "init_std": 0.3}  # fmt: skip
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "decoder_start_token_id": 1}
+    base = BartForConditionalGeneration(BartConfig(vocab_size=261, max_position_embeddings=256, **sizes, **special)).eval()
+    base.generation_config = GenerationConfig(**special)
+    lora = {"target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_2_SEQ_LM"}
+    adapters = {name: read_adapter(write_adapter(base, tmp_path / name, seed=seed, **lora)) for seed, name in enumerate("abc")}
+    ensemble = HiddenStateEnsemble(base, adapters)
+    assert plain_greedy(ensemble, GREEDY) is None
+    scored = make((ensemble, Base(base, tokenizer)))(SPACE.corners())
+    alone = PeftModel.from_pretrained(base, str(tmp_path / "b")).eval()
+    table = evaluate(alone, tokenizer, DATA, [Objective("low", share_of("abcdefgh"))], GREEDY).table
+    assert scored[1].scores[0] == pytest.approx(table["low"].mean())

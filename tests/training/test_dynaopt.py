@@ -52,7 +52,7 @@ def test_the_callback_sets_weights_from_the_log_and_writes_them_there():
     callback.on_train_begin(None, state, None)
     assert given == []
     for step in range(6):
-        state.log_history.append({"eval_a": 0.1 * step, "eval_b": 0.0, "step": step})
+        state.log_history.append({"eval_score_a": 0.1 * step, "eval_score_b": 0.0, "step": step})
         callback.on_evaluate(None, state, None)
     assert [entry["weight_a"] for entry in state.log_history] == [weights[0] for weights in given]
     resumed = []

@@ -55,8 +55,7 @@ def make(tmp_path, tiny_base_dir, tiny_seq2seq_dir):
             train=TrainConfig(
                 mode=mode,
                 lora={"r": 4, "lora_alpha": 16, "target_modules": ["q", "v", "wo"] if seq2seq else "all-linear"},
-                grpo={**grpo, **(settings or {})},
-                scst={**scst, **(settings or {})},
+                **{"scst": {**scst, **(settings or {})}} if seq2seq else {"grpo": {**grpo, **(settings or {})}},
                 collapse=CollapseConfig(share=0.0),
                 **train_settings,
             ),
@@ -126,8 +125,7 @@ def test_an_encoder_decoders_training_resumes_from_its_last_checkpoint(make):
     path = parts.training_of("dynaopt")
     manifest = json.loads((path / "run.json").read_text())
     manifest["finished"] = False
-    for block in ("grpo", "scst"):
-        manifest["config"]["train"][block]["max_steps"] = 6
+    manifest["config"]["train"]["scst"]["max_steps"] = 6
     (path / "run.json").write_text(json.dumps(manifest))
     train(parts, "dynaopt")
     one, other = (load_file(where / "policy" / "adapter_model.safetensors") for where in (expected, path))
@@ -155,6 +153,13 @@ def test_contradictions_are_refused(make):
         make("weighted")
     with pytest.raises(ValueError, match=r"train.preferences names \['x'\]"):
         make("weighted", preferences={"x": 1})
+    for seq2seq, other in ((True, "grpo"), (False, "scst")):
+        wrong = dataclasses.replace(make("uniform", seq2seq), train=TrainConfig(mode="uniform", **{other: {"max_steps": 2}}))
+        with pytest.raises(UserError, match=rf"train.{other} has settings, but base.model .*; use train."):
+            train(wrong, "uniform")
+    bfloat16 = make("uniform", tuning="full")
+    with pytest.raises(UserError, match="full needs base"):
+        train(dataclasses.replace(bfloat16, base=dataclasses.replace(bfloat16.base, dtype="bfloat16")), "uniform")
     broken = dataclasses.replace(make("uniform", True), train=TrainConfig(mode="uniform", scst={"steps": 3}))
     with pytest.raises(UserError, match=r"unknown key 'train.scst.steps' \(it goes to SCSTConfig\)"):
         train(broken, "uniform")

@@ -8,7 +8,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
-from emorl.training.scst import Samples, SCSTConfig, SCSTTrainer, advantages_of
+from emorl.training.advantages import advantages_of
+from emorl.training.scst import Samples, SCSTConfig, SCSTTrainer
 
 NAN = math.nan
 LORA = LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=16, target_modules=["q", "v", "wo"])
