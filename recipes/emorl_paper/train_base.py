@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import processors
-from torch import nn
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -32,8 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
     set_seed,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.t5.modeling_t5 import T5LayerFF
+from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF
 
 from emorl.config import UserError
 from emorl.data import load_prompts
@@ -84,26 +82,29 @@ def encoder_decoder_from(decoder: LlamaForCausalLM) -> T5ForConditionalGeneratio
     )  # fmt: skip
     with torch.no_grad():
         model.shared.weight.copy_(decoder.model.embed_tokens.weight)
-        for stack in (model.encoder, model.decoder):
-            for block, source in zip(stack.block, decoder.model.layers, strict=False):  # the encoder takes the lower ones
+        stacks: list[Any] = [model.encoder, model.decoder]
+        layers: list[Any] = list(decoder.model.layers)
+        for stack in stacks:
+            for block, source in zip(stack.block, layers, strict=False):  # the encoder takes the lower ones
                 for sublayer in block.layer:
                     _begin_as(sublayer, source)
             stack.final_layer_norm.weight.copy_(decoder.model.norm.weight)
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.zero_()
-        model.decoder.final_layer_norm.weight *= sizes.hidden_size**0.5  # T5 divides its output by that
+        stacks[-1].final_layer_norm.weight *= sizes.hidden_size**0.5  # T5 divides its output by that
     return model
 
 
-def _begin_as(sublayer: nn.Module, source: LlamaDecoderLayer) -> None:
-    """Copies attention or feed-forward with the norm before it."""
+def _begin_as(sublayer: Any, source: Any) -> None:
+    """Copies attention or feed-forward with the norm before it, of a T5's layer from a Llama's."""
     if isinstance(sublayer, T5LayerFF):
         feed_forward: Any = sublayer.DenseReluDense
+        norm: Any = sublayer.layer_norm
         pairs = ((feed_forward.wi_0, source.mlp.gate_proj), (feed_forward.wi_1, source.mlp.up_proj))
         for own, other in (*pairs, (feed_forward.wo, source.mlp.down_proj)):
             own.weight.copy_(other.weight)
-        sublayer.layer_norm.weight.copy_(source.post_attention_layernorm.weight)
+        norm.weight.copy_(source.post_attention_layernorm.weight)
         return
-    attention: Any = getattr(sublayer, "SelfAttention", None) or getattr(sublayer, "EncDecAttention", None)
+    attention: Any = sublayer.EncDecAttention if isinstance(sublayer, T5LayerCrossAttention) else sublayer.SelfAttention
     for name in "qkvo":
         getattr(attention, name).weight.copy_(getattr(source.self_attn, f"{name}_proj").weight)
     attention.q.weight *= source.self_attn.head_dim**-0.5  # T5 does not scale attention
