@@ -71,15 +71,14 @@ def encoder_decoder_from(decoder: LlamaForCausalLM) -> T5ForConditionalGeneratio
     """A T5 (gated, tied embeddings) whose layers begin as those of a decoder of the Llama family, cross-attention as its
     self-attention; rotary positions are left behind, T5's relative ones begin at zero (warm start: Rothe et al. 2020)."""
     sizes = decoder.config
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=sizes.vocab_size, d_model=sizes.hidden_size, d_kv=sizes.head_dim, d_ff=sizes.intermediate_size,
-            num_layers=ENCODER_LAYERS, num_decoder_layers=sizes.num_hidden_layers, num_heads=sizes.num_attention_heads,
-            feed_forward_proj="gated-silu", dropout_rate=0.0, layer_norm_epsilon=sizes.rms_norm_eps,
-            pad_token_id=sizes.pad_token_id, eos_token_id=sizes.eos_token_id, decoder_start_token_id=sizes.pad_token_id,
-            tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "vocab_size": sizes.vocab_size, "d_model": sizes.hidden_size, "d_kv": sizes.head_dim, "d_ff": sizes.intermediate_size,
+        "num_layers": ENCODER_LAYERS, "num_decoder_layers": sizes.num_hidden_layers, "num_heads": sizes.num_attention_heads,
+        "feed_forward_proj": "gated-silu", "dropout_rate": 0.0, "layer_norm_epsilon": sizes.rms_norm_eps,
+        "pad_token_id": sizes.pad_token_id, "eos_token_id": sizes.eos_token_id, "tie_word_embeddings": True,
+        "decoder_start_token_id": sizes.pad_token_id,
+    }  # fmt: skip
+    model = T5ForConditionalGeneration(T5Config(**options))
     with torch.no_grad():
         model.shared.weight.copy_(decoder.model.embed_tokens.weight)
         stacks: list[Any] = [model.encoder, model.decoder]
