@@ -3,7 +3,7 @@
     python -m recipes.emorl_paper.train_base --data ../shared/data --decoder ../shared/models/counsel-3m \\
         --output runs/emorl_paper/base
 
-4 + 6 layers, 6.1M parameters; relative positions, tied embeddings and output scaling are T5's. The authors start from
+6 + 6 layers, 7.0M parameters (transformers caches as many decoder layers as the encoder has); relative positions, tied embeddings and output scaling are T5's. The authors start from
 google-t5/t5-base, which has seen no dialogues: this one answers, so that few steps of reinforcement learning on two cores have
 something to reward. Trained from scratch, 2,000 steps (40 minutes) left a T5 that says the same to everyone. No prompt that the
 recipe validates or tests on is trained on here, but counsel-3m has seen PAIR's training file.
@@ -41,7 +41,6 @@ from reward_models.dialogues import SOURCES, responses
 from reward_models.pair_data import Pair, cut, hold_out
 
 RECIPE = Path(__file__).with_name("cpu.yaml")
-ENCODER_LAYERS = 4
 PER_SOURCE = 12_000
 PAIR_REPEATS = 6  # reflections, which the recipe rewards, are few
 PROMPT_WORDS, RESPONSE_WORDS = 60, 30
@@ -73,7 +72,7 @@ def encoder_decoder_from(decoder: LlamaForCausalLM) -> T5ForConditionalGeneratio
     sizes = decoder.config
     options: dict[str, Any] = {
         "vocab_size": sizes.vocab_size, "d_model": sizes.hidden_size, "d_kv": sizes.head_dim, "d_ff": sizes.intermediate_size,
-        "num_layers": ENCODER_LAYERS, "num_decoder_layers": sizes.num_hidden_layers, "num_heads": sizes.num_attention_heads,
+        "num_layers": sizes.num_hidden_layers, "num_heads": sizes.num_attention_heads,
         "feed_forward_proj": "gated-silu", "dropout_rate": 0.0, "layer_norm_epsilon": sizes.rms_norm_eps,
         "pad_token_id": sizes.pad_token_id, "eos_token_id": sizes.eos_token_id, "tie_word_embeddings": True,
         "decoder_start_token_id": sizes.pad_token_id,
@@ -84,7 +83,7 @@ def encoder_decoder_from(decoder: LlamaForCausalLM) -> T5ForConditionalGeneratio
         stacks: list[Any] = [model.encoder, model.decoder]
         layers: list[Any] = list(decoder.model.layers)
         for stack in stacks:
-            for block, source in zip(stack.block, layers, strict=False):  # the encoder takes the lower ones
+            for block, source in zip(stack.block, layers, strict=True):
                 for sublayer in block.layer:
                     _begin_as(sublayer, source)
             stack.final_layer_norm.weight.copy_(decoder.model.norm.weight)
