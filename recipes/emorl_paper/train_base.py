@@ -4,10 +4,10 @@
         --output runs/emorl_paper/base
 
 6 + 6 layers, 7.0M parameters (transformers caches as many decoder layers as the encoder has); relative positions, tied
-embeddings and output scaling are T5's. The authors start from google-t5/t5-base, which has seen no dialogues: this one answers,
-so that few steps of reinforcement learning on two cores have something to reward. Trained from scratch, 2,000 steps (40 minutes)
-left a T5 that says the same to everyone. No prompt that the recipe validates or tests on is trained on here, but counsel-3m has
-seen PAIR's training file.
+embeddings and output scaling are T5's. The authors start from google-t5/t5-base, which has seen no dialogues; this one
+answers, so that few steps of reinforcement learning on two cores have something to reward. Trained from scratch, 2,000 steps
+(40 minutes) left a T5 that says the same to everyone. No prompt that the recipe validates or tests on is trained on here, but
+counsel-3m has seen PAIR's training file.
 """
 
 import argparse
