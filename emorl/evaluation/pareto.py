@@ -12,6 +12,14 @@ def front(scores: ArrayLike) -> NDArray[np.bool_]:
     return moocore.is_nondominated(np.asarray(scores, dtype=float), maximise=True)
 
 
+def reference_point(scores: ArrayLike) -> list[float]:
+    """A point (O,) for the hypervolumes of score vectors (N, O): below the worst score of each objective by a tenth of their
+    range, so that the extremes of a front count too."""
+    found = np.asarray(scores, dtype=float)
+    worst, best = found.min(0), found.max(0)
+    return (worst - 0.1 * (best - worst)).tolist()
+
+
 def hypervolume(scores: ArrayLike, reference: Sequence[float]) -> float:
     """Volume that the score vectors (N, O) dominate above the reference point (O,); larger is better.
 

@@ -1,5 +1,6 @@
 """Loads a base model with its tokenizer, and the policies trained on it; safetensors only, never a pickle."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@functools.cache  # one run asks often, and a hub answers slowly
 def is_encoder_decoder(model: str) -> bool:
     """Whether the base in a folder or on the hub reads its prompts with an encoder, as T5 and BART do.
 

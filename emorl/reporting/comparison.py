@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emorl.aggregation.ensemble import BASE_POLICY, MIXTURES, ParameterAverage
 from emorl.config import UserError, as_mapping
-from emorl.evaluation.pareto import front, hypervolume
+from emorl.evaluation.pareto import front, hypervolume, reference_point
 from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
-from emorl.evaluation.scoring import check_generation, cost_of, evaluate, summarize
+from emorl.evaluation.scoring import Evaluation, check_generation, cost_of, evaluate, summarize
 from emorl.experiment import Experiment
-from emorl.objectives.loading import load_objective, outside_range
+from emorl.objectives.loading import Objective, load_objective, outside_range
 from emorl.policies.loading import load_base, read_policies
 from emorl.progress import Progress, Silent
 from emorl.reporting.attacks import attack, attacks_missing, load_splits
@@ -137,18 +138,8 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     with progress.bar("evaluate", len(systems), done=len(systems) - len(missing)) as bar:
         for system in missing:
             model = models[system.kind if system.kind in models else "ensemble"]
-            names = getattr(model, "policy_names", ())
-            vector = torch.tensor([system.weights.get(name, 0.0) for name in names])  # (K,)
-            evaluation = evaluate(
-                model,
-                base.tokenizer,
-                splits.test,
-                objectives,
-                experiment.generation,
-                samples=experiment.evaluate.samples,
-                batch=experiment.evaluate.batch,
-                seed=experiment.seed,
-                per_prompt={"weights": vector.expand(len(splits.test), -1)} if system.weights else None,
+            evaluation = evaluate_weights(
+                experiment, model, base.tokenizer, splits.test, objectives, system.weights, seed=experiment.seed
             )
             table = evaluation.table
             if language_model is not None:
@@ -160,6 +151,31 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     for line in outside_range(objectives):
         progress.warn(line)
     return run
+
+
+def evaluate_weights(
+    experiment: Experiment,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    objectives: Sequence[Objective],
+    weights: Mapping[str, float],
+    *,
+    seed: int,
+) -> Evaluation:
+    """As `evaluate`, decoding as the experiment says, with weights by policy name; none for a model that mixes nothing."""
+    vector = torch.tensor([weights.get(name, 0.0) for name in model.policy_names]) if weights else None  # (K,)
+    return evaluate(
+        model,
+        tokenizer,
+        data,
+        objectives,
+        experiment.generation,
+        samples=experiment.evaluate.samples,
+        batch=experiment.evaluate.batch,
+        seed=seed,
+        per_prompt=None if vector is None else {"weights": vector.expand(len(data), -1)},
+    )
 
 
 def _table_path(path: Path, system: System) -> Path:
@@ -203,11 +219,10 @@ def summary_table(
 
 
 def indicators(summary: pd.DataFrame, objectives: Sequence[str]) -> dict[str, Any]:
-    """Hypervolumes (direction: maximise) of what each method offers. The reference point lies below the worst score of
-    each objective over all compared systems, by a tenth of their range, so that the extremes of a front count too."""
+    """Hypervolumes (direction: maximise) of what each method offers; the reference point is that of all compared
+    systems."""
     names = list(objectives)
-    worst, best = summary[names].min(), summary[names].max()
-    reference = (worst - 0.1 * (best - worst)).tolist()
+    reference = reference_point(summary[names])
     groups = {
         "base": ["base"],
         "policies alone": ["policy"],

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from emorl.evaluation.bootstrap import Offer, difference, resampled
+from emorl.evaluation.pareto import hypervolume, reference_point
 from emorl.evaluation.scoring import check_generation, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives, load_objective
@@ -106,7 +107,10 @@ def _score(experiment: Experiment, runs: Sequence[MethodRun], progress: Progress
         methods = [BASE_METHOD, ALONE_METHOD, run.method] if run.method == FIRST else [run.method]
         for method in methods:
             points = []
-            for one in sorted(run.experiments, key=_validation_reward) if method == "weighted" else run.experiments:
+            experiments = run.experiments
+            if len(experiments) > 1:  # one policy for each preference: the best one comes first
+                experiments = sorted(experiments, key=_validation_mean, reverse=True)
+            for one in experiments:
                 found = points_of(one, method)
                 score_points(one, found, data, objectives, progress)
                 points += found
@@ -114,11 +118,11 @@ def _score(experiment: Experiment, runs: Sequence[MethodRun], progress: Progress
     return offered
 
 
-def _validation_reward(experiment: Experiment) -> float:
-    """Less the mean score of a single policy on the validation prompts: the best one comes first."""
+def _validation_mean(experiment: Experiment) -> float:
+    """The mean score of a single policy on the validation prompts."""
     [name] = experiment.policy_names
     scores = read_json(experiment.training_of(name) / "result.json")["scores"]
-    return -sum(scores.values()) / len(scores)
+    return sum(scores.values()) / len(scores)
 
 
 def _decode_costs(experiment: Experiment, runs: Sequence[MethodRun], path: Path, progress: Progress) -> dict[str, float]:
@@ -146,23 +150,19 @@ def _write(experiment: Experiment, offered: Offered, seconds: Mapping[str, float
             for method, seeds in offered.items() for seed, own in seeds.items() for index, point in enumerate(own)
         ]
     )  # fmt: skip
-    worst, best = points[names].min(), points[names].max()
-    reference = (worst - 0.1 * (best - worst)).tolist()
+    reference = reference_point(points[names])
     offers = {
         method: [Offer(_scores([tables[point.table] for point in own], names), 0) for own in seeds.values()]
         for method, seeds in offered.items()
     }
     statistics = resampled(offers, reference, experiment.compare.bootstrap, experiment.seed)
-    volumes = {
-        (method, seed): float(resampled({method: [offer]}, reference, 0, 0)[method][1][0])
-        for method, own in offers.items()
-        for seed, offer in zip(offered[method], own, strict=True)
-    }
+    by_run = points.groupby(["method", "seed"])
+    volumes = {key: hypervolume(own[names], reference) for key, own in by_run}
     chosen = points[points["best"]].drop(columns=["best", "point"])
     seeds = chosen.assign(
-        hypervolume=[volumes[row.method, row.seed] for row in chosen.itertuples()],
-        points=[len(offered[row.method][row.seed]) for row in chosen.itertuples()],
-        decode_cost=[_decode_cost(seconds, row.method) for row in chosen.itertuples()],
+        hypervolume=[volumes[key] for key in zip(chosen["method"], chosen["seed"], strict=True)],
+        points=by_run["point"].transform("size"),  # aligned by row
+        decode_cost=[_decode_cost(seconds, method) for method in chosen["method"]],
     ).merge(_consumptions(experiment), on=["method", "seed"], how="left")
     for name, table in (("points", points), ("seeds", seeds)):
         with written_whole(path / f"{name}.csv") as temporary:

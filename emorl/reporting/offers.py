@@ -17,13 +17,12 @@ from datasets import Dataset
 from peft import PeftModel
 
 from emorl.aggregation.ensemble import MIXTURES
-from emorl.evaluation.scoring import evaluate
 from emorl.experiment import BaseConfig, ConvergenceConfig, Experiment
 from emorl.objectives.loading import Objective
 from emorl.policies.loading import load_base, read_policies
 from emorl.policies.prompts import encode
 from emorl.progress import Progress
-from emorl.reporting.comparison import spread
+from emorl.reporting.comparison import evaluate_weights, spread
 from emorl.reporting.methods import COMBINED
 from emorl.runs import Cost, read_json, written_whole
 from emorl.search.weight_search import read_result
@@ -87,42 +86,30 @@ def score_points(
     missing = [point for point in points if not point.table.exists()]
     if not missing:
         return
-    model, tokenizer, policies = load_policy(experiment, bare=all(point.name == BASE_METHOD for point in missing))
+    model, tokenizer = load_policy(experiment, bare=all(point.name == BASE_METHOD for point in missing))
     with progress.bar(f"test {missing[0].table.parents[1].name}", len(missing)) as bar:
         for point in missing:
-            weights = torch.tensor([point.weights.get(name, 0.0) for name in policies]) if point.weights else None  # (K,)
-            table = evaluate(
-                model,
-                tokenizer,
-                data,
-                objectives,
-                experiment.generation,
-                samples=experiment.evaluate.samples,
-                batch=experiment.evaluate.batch,
-                seed=EVALUATION_SEED + experiment.seed,
-                per_prompt=None if weights is None else {"weights": weights.expand(len(data), -1)},
-            ).table
+            seed = EVALUATION_SEED + experiment.seed
+            table = evaluate_weights(experiment, model, tokenizer, data, objectives, point.weights, seed=seed).table
             with written_whole(point.table) as temporary:
                 table.to_parquet(temporary, index=False)
             bar.advance(1, point.name)
 
 
-def load_policy(experiment: Experiment, bare: bool = False) -> tuple[Any, Any, list[str]]:
-    """What answers for a trained experiment (its mixture, its one policy, or the bare base), tokenizer, and the names its
-    weights belong to."""
+def load_policy(experiment: Experiment, bare: bool = False) -> tuple[Any, Any]:
+    """What answers for a trained experiment (its mixture, its one policy, or the bare base), and the tokenizer."""
     base = load_base(experiment.base)
     if bare:
-        return base.model, base.tokenizer, []
+        return base.model, base.tokenizer
     directories = policy_directories(experiment)
     if experiment.train.mode == "ensemble":
         mixture = MIXTURES[experiment.search.aggregate]
         adapters = read_policies(directories, base, experiment.search.adapter_scale)
-        model = mixture(base.model, adapters, include_base=experiment.search.include_base)
-        return model, base.tokenizer, list(model.policy_names)
+        return mixture(base.model, adapters, include_base=experiment.search.include_base), base.tokenizer
     [directory] = directories.values()
     if experiment.train.tuning == "full":
-        return load_base(BaseConfig(str(directory), experiment.base.dtype)).model, base.tokenizer, []
-    return PeftModel.from_pretrained(base.model, str(directory)).eval(), base.tokenizer, []
+        return load_base(BaseConfig(str(directory), experiment.base.dtype)).model, base.tokenizer
+    return PeftModel.from_pretrained(base.model, str(directory)).eval(), base.tokenizer
 
 
 def consumption(experiment: Experiment, method: str) -> dict[str, float]:
@@ -168,11 +155,11 @@ def decode_seconds(experiments: Mapping[str, Experiment], prompts: Sequence[Any]
     models = {BASE_METHOD: load_policy(first, bare=True), **{name: load_policy(one) for name, one in experiments.items()}}
     if first.train.mode == "ensemble":
         base, directory = load_base(first.base), first.training_of(next(iter(first.objectives))) / POLICY_DIRECTORY
-        models["one policy"] = PeftModel.from_pretrained(base.model, str(directory)).eval(), base.tokenizer, []
+        models["one policy"] = PeftModel.from_pretrained(base.model, str(directory)).eval(), base.tokenizer
     fastest = dict.fromkeys(models, math.inf)
     length = {"max_new_tokens": _TIMED_TOKENS, "min_new_tokens": _TIMED_TOKENS, "do_sample": False}
     for _ in range(_TIMED_ROUNDS):
-        for name, (model, tokenizer, _) in models.items():
+        for name, (model, tokenizer) in models.items():
             inputs = encode(tokenizer, list(prompts)).to(model.device)
             start = time.perf_counter()
             with torch.no_grad():

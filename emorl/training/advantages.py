@@ -10,7 +10,7 @@ _EPSILON = 1e-4  # TRL's, added to standard deviations
 
 def advantages_of(
     rewards: Tensor,
-    weights: Tensor,
+    reward_weights: Tensor,
     samples: int,
     *,
     baseline: str = "leave_one_out",
@@ -22,7 +22,7 @@ def advantages_of(
     A sample that nothing could score has advantage 0 and is in no baseline; equal rewards have advantage 0.
 
     Args:
-        weights: (O,) of the objectives.
+        reward_weights: (O,).
         samples: G, per prompt.
         baseline: the mean of the prompt's other samples, or of all of them.
         aggregation: the weighted sum less its baseline, or each objective less its group's mean, over its standard
@@ -34,10 +34,10 @@ def advantages_of(
     if aggregation == "normalize_then_sum":
         grouped = rewards.unflatten(0, (-1, samples))  # (B, G, O)
         normalized = ((grouped - grouped.nanmean(1, keepdim=True)) / (_nanstd(grouped, 1) + _EPSILON)).flatten(0, 1)
-        total = (normalized * weights).nansum(1).masked_fill(unscored, torch.nan)
+        total = (normalized * reward_weights).nansum(1).masked_fill(unscored, torch.nan)
         advantages = (total - total.nanmean()) / (_nanstd(total, 0) + _EPSILON)
         return advantages.nan_to_num(0.0)
-    total = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan).unflatten(0, (-1, samples))  # (B, G)
+    total = (rewards * reward_weights).nansum(1).masked_fill(unscored, torch.nan).unflatten(0, (-1, samples))  # (B, G)
     count = (~total.isnan()).sum(1, keepdim=True)
     advantages = total - total.nanmean(1, keepdim=True)
     if baseline == "leave_one_out":

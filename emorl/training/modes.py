@@ -16,14 +16,14 @@ from emorl.objectives.scalarize import importance_of
 
 @dataclass(frozen=True)
 class PolicyPlan:
-    """One policy: its objectives, the weights (O,) of their rewards, which sum to 1, and what happens to them.
+    """One policy: its objectives, the `reward_weights` (O,), which sum to 1, and what happens to them.
 
     `aggregation` is TRL's `multi_objective_aggregation`; `adaptive` lets DynaOpt's bandit move the weights.
     """
 
     name: str
     objectives: Mapping[str, ObjectiveConfig]
-    weights: tuple[float, ...]
+    reward_weights: tuple[float, ...]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     adaptive: bool = False
 

@@ -153,7 +153,7 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
     objectives = trainer.validation.objectives
     return {
         "objective": plan.name,
-        "reward_weights": dict(zip(plan.objectives, plan.weights, strict=True)),
+        "reward_weights": dict(zip(plan.objectives, plan.reward_weights, strict=True)),
         "steps": trainer.state.global_step,
         "best_step": best_step,
         "stopped": next(

@@ -54,7 +54,7 @@ class Validation:
     """What a policy is validated by: decoding as it will be used, scored by its objectives."""
 
     objectives: Sequence[Objective]
-    weights: Sequence[float]  # (O,), for the validation reward; an adaptive plan's do not move
+    reward_weights: Sequence[float]  # (O,), for the validation reward; an adaptive plan's do not move
     generation: Mapping[str, Any]
     data: Dataset
 
@@ -83,7 +83,7 @@ class _ValidatedPolicy:
         summary = summarize(table, names)
         found = {key: summary[key] for key in _VALIDATED}
         found |= {f"{SCORE}{name}": summary[name] for name in names}
-        found["reward"] = sum(weight * summary[name] for weight, name in zip(what.weights, names, strict=True))
+        found["reward"] = sum(weight * summary[name] for weight, name in zip(what.reward_weights, names, strict=True))
         found |= {"completions": len(table), "tokens": int(table["tokens"].sum()), "runtime": time.perf_counter() - start}
         if kl is not None:
             found["kl"] = kl
@@ -128,7 +128,7 @@ def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
         "greater_is_better": True,
         "eval_strategy": "steps",
         "save_strategy": "steps",
-        "reward_weights": list(plan.weights),
+        "reward_weights": list(plan.reward_weights),
         "multi_objective_aggregation": plan.aggregation,
     }
     try:
@@ -239,7 +239,7 @@ def build_trainer(
     counters = [RewardCounter(objective, cost, first=index == 0) for index, objective in enumerate(objectives)]
     try:
         trainer = kind(
-            validation=Validation(objectives, plan.weights, experiment.generation, splits.validation),
+            validation=Validation(objectives, plan.reward_weights, experiment.generation, splits.validation),
             fingerprint=base_fingerprint(base.model),
             model=base.model,
             processing_class=base.tokenizer,

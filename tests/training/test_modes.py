@@ -67,11 +67,11 @@ def make(tmp_path, tiny_base_dir, tiny_seq2seq_dir):
 def test_plans_of_all_modes(make):
     assert make().policy_names == ["e", "a"]
     alone = plan_of(make(), "a")
-    assert (list(alone.objectives), alone.weights) == (["a"], (1.0,))
+    assert (list(alone.objectives), alone.reward_weights) == (["a"], (1.0,))
     uniform = plan_of(make("uniform"), "uniform")
-    assert (list(uniform.objectives), uniform.weights, uniform.adaptive) == (["e", "a"], (0.5, 0.5), False)
+    assert (list(uniform.objectives), uniform.reward_weights, uniform.adaptive) == (["e", "a"], (0.5, 0.5), False)
     weighted = plan_of(make("weighted", preferences={"a": 3, "e": 1}), "weighted")
-    assert weighted.weights == (0.25, 0.75)
+    assert weighted.reward_weights == (0.25, 0.75)
     assert plan_of(make("gdpo"), "gdpo").aggregation == "normalize_then_sum"
     assert plan_of(make("dynaopt"), "dynaopt").adaptive
     with pytest.raises(UserError, match="no policy 'e' in this experiment"):
