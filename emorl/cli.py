@@ -26,6 +26,17 @@ FILE is YAML, for example
   loss: ranking
 The model is then an objective, {function: classifier, model: runs/politeness/model}.
 """
+_FUSE_HELP = """\
+FILE is YAML, for example
+  output: runs/fused
+  base: models/base
+  models: {maths: models/maths, code: models/code}
+  weights: {maths: 0.6, code: 0.4}
+  method: ties
+  settings: {density: 0.2}
+A file of mergekit (linear, slerp, ties, task_arithmetic, dare_linear, dare_ties) is taken as it is, with --output FOLDER.
+Any key can be set on the command line as dotted.key=value. Keys (with defaults):
+"""
 _REFRESH_HELP = """\
 FILE is YAML, for example
   reward: {output: runs/politeness, model: …, data: …, loss: ranking}    # as for train-reward
@@ -128,6 +139,20 @@ def _add_reward(command: argparse.ArgumentParser, name: str) -> None:
         command.epilog = (
             f"{example}Any key can be set on the command line as dotted.key=value. Keys (with defaults):\n{describe(kind)}"
         )
+
+
+def _add_fuse(command: argparse.ArgumentParser, name: str) -> None:
+    from emorl.config import describe
+    from emorl.fuse_experiment import CheckpointsFile
+
+    command.add_argument("file", type=Path, metavar="FILE", help="YAML of checkpoints to fuse, ours or mergekit's")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace those of the file"
+    )
+    command.add_argument("--output", metavar="FOLDER", help="of the fused model, the same as output=FOLDER")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    if "--help" in sys.argv or "-h" in sys.argv:
+        command.epilog = _FUSE_HELP + describe(CheckpointsFile)
 
 
 def _add_run(command: argparse.ArgumentParser, name: str) -> None:
@@ -311,6 +336,19 @@ def _report(options: argparse.Namespace) -> None:
         Console().say(f"report: {report}")
 
 
+def _fuse(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.fuse_experiment import load_checkpoints_file
+    from emorl.fusion.recipe import fuse
+
+    output = [] if options.output is None else [f"output={options.output}"]
+    folder = fuse(load_checkpoints_file(options.file, [*options.overrides, *output]), Console())
+    if options.json:
+        print(json.dumps({"model": str(folder)}))
+    else:
+        Console().say(f"fuse: {folder}")
+
+
 def _generate(options: argparse.Namespace) -> None:
     from emorl.experiment import load_run
     from emorl.reporting.generation import generate_lines
@@ -382,6 +420,7 @@ _COMMANDS: tuple[_Command, ...] = (
         _compare_methods,
         _add_experiment,
     ),
+    ("fuse", "Fuse models of one architecture into one, tensor by tensor on disk.", _fuse, _add_fuse),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),
     (
         "objectives",

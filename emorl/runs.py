@@ -7,6 +7,7 @@ another config is refused, so that nothing a user has is ever overwritten. Kept 
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -166,3 +167,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place when the block ends well, and is removed otherwise; what a
+    killed process left there is removed first. `path` may exist if it is empty."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with only_process(temporary):
+        for left in temporary.iterdir():
+            if left.name != ".lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield temporary
+            (temporary / ".lock").unlink()
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
