@@ -1,14 +1,15 @@
-"""Several LoRA adapters fused into one, exactly: their factors are concatenated along the rank.
+"""Several LoRA adapters fused into one ordinary PEFT adapter, by what they add to the base: their deltas.
 
-Averaging A and B matrices is not averaging adapters (sum A_i times sum B_i has cross terms); concatenation has none.
-The price is the sum of the ranks. PEFT's `add_weighted_adapter(combination_type="cat")` does the same inside a loaded
-model; this needs no model and keeps negative weights exact.
+Averaging A and B matrices is not averaging adapters: sum A_i times sum B_i has cross terms, and any invertible matrix between A
+and B changes the average but not the adapter. Linear mixing, SLERP and Model Stock are weighted sums of deltas, whose
+weights follow from the deltas' inner products; the factors are concatenated along the rank, exactly, and compressed if asked.
+TIES and DARE work entry by entry: the deltas of one module at a time are formed, fused, and factorised again. PEFT's
+`add_weighted_adapter` does the like inside a loaded model; this needs no model and keeps negative weights exact.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,21 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emorl.config import UserError
+from emorl.fusion.adapter_card import adapter_card
+from emorl.fusion.low_rank import Factors, LowRank, check_truncation, compress, concatenate, factor_gram, factorize
+from emorl.fusion.operators import (
+    Fusion,
+    check_fusion,
+    fuse_tensor,
+    karcher_coefficients,
+    slerp_coefficients,
+    stock_coefficients,
+)
 from emorl.policies.adapters import Adapter
+from emorl.runs import write_json, write_text, written_whole_directory
+
+_WEIGHTED_SUMS = ("linear", "task_arithmetic", "keep", "slerp", "model_stock")  # of deltas; all others: entry by entry
 
 
 def concatenate_adapters(adapters: Sequence[Adapter], weights: Sequence[float], output_dir: str | Path) -> Path:
@@ -25,24 +40,117 @@ def concatenate_adapters(adapters: Sequence[Adapter], weights: Sequence[float], 
     Any finite weights are allowed. Weights and scalings are folded into B, so the written scaling is 1.
     """
     if not adapters or len(weights) != len(adapters):
-        raise ValueError(f"Got {len(adapters)} adapters and {len(weights)} weights; expected one weight per adapter.")
+        raise UserError(f"Got {len(adapters)} adapters and {len(weights)} weights; expected one weight per adapter.")
     if not torch.tensor(weights, dtype=torch.float64).isfinite().all():
-        raise ValueError(f"Got weights {list(weights)}; expected finite numbers.")
+        raise UserError(f"Got weights {list(weights)}; expected finite numbers.")
     fingerprint = _common_fingerprint(adapters)
-    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
-    factors = {name: _concatenated(name, adapters, weights) for name in modules}
-
+    factors = {name: concatenate(_module_factors(name, adapters), weights) for name in _module_names(adapters)}
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.T.contiguous()  # PEFT stores (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.T.contiguous()  # and (out, r)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    _lora_config({name: a.shape[1] for name, (a, _) in factors.items()}, adapters[0]).save_pretrained(str(directory))
-    if fingerprint is not None:
-        (directory / "policy.json").write_text(json.dumps({"base_fingerprint": fingerprint}, indent=2) + "\n")
+    _write(directory, factors, adapters[0], fingerprint)
     return directory
+
+
+def fuse_adapters(
+    adapters: Sequence[Adapter],
+    fusion: Fusion,
+    output_dir: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write the PEFT LoRA adapter of the fused deltas; returns its directory. Its README.md says how it was made and what
+    was lost.
+
+    An adapter that lacks a module adds a zero delta there. A module that no adapter contributes to is left out.
+
+    >>> fuse_adapters([read_adapter("one"), read_adapter("two")], Fusion("ties", (0.5, 0.5)), "fused", rank=16)
+
+    Args:
+        fusion: its base is a delta of zero, so `slerp` is always between deltas.
+        rank: of every module, at most. Default: nothing is truncated where the result is a weighted sum; for TIES and DARE,
+            whose results have full rank, the sum of the adapters' ranks, the size of their concatenation.
+        energy: instead of a rank: each module keeps at least this share of its squared Frobenius norm.
+        seed: of DARE's random masks; they are those of a fusion of the whole models.
+
+    Raises:
+        UserError: unknown method, setting out of range, adapters that do not go together, or `output_dir` is not empty.
+    """
+    check_fusion(fusion, len(adapters), has_base=True)
+    check_truncation(rank, energy)
+    if fusion.settings.get("space", "task_vectors") != "task_vectors":
+        raise UserError("slerp of adapters is between their deltas: set `space` to task_vectors or leave it out")
+    _unit_vectors_fused(fusion)  # refuses what the method itself refuses, before anything is read
+    fingerprint = _common_fingerprint(adapters)
+    output = Path(output_dir)
+    if output.is_file() or (output.exists() and any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; give another output, or move it away")
+    with written_whole_directory(output) as partial:
+        modules = {name: _fused_module(name, adapters, fusion, rank, energy, seed) for name in _module_names(adapters)}
+        fused = {name: module for name, module in modules.items() if module is not None}
+        if not fused:
+            raise UserError(f"{fusion.method} with the weights {list(fusion.weights)} leaves nothing of these adapters")
+        _write(partial, {name: (module.a, module.b) for name, module in fused.items()}, adapters[0], fingerprint)
+        write_text(partial / "README.md", adapter_card(adapters, fusion, fused, rank, energy, seed))
+    return output
+
+
+def _fused_module(
+    name: str, adapters: Sequence[Adapter], fusion: Fusion, rank: int | None, energy: float | None, seed: int
+) -> LowRank | None:
+    """None where all coefficients are 0."""
+    factors = _module_factors(name, adapters)
+    complete = rank is None and energy is None
+    if fusion.method not in _WEIGHTED_SUMS:
+        delta = _fused_delta(f"{name}.weight", factors, fusion, seed, adapters[0].fan_in_fan_out)
+        return factorize(delta, rank=sum(a.shape[1] for a, _ in factors) if complete else rank, energy=energy)
+    weighted = zip(factors, _coefficients(fusion, factors), strict=True)
+    chosen = [((a, b), coefficient) for (a, b), coefficient in weighted if coefficient != 0 and a.shape[1] > 0]
+    if not chosen:
+        return None
+    a, b = concatenate([pair for pair, _ in chosen], [coefficient for _, coefficient in chosen])
+    return LowRank(a, b) if complete else compress(a, b, rank=rank, energy=energy)
+
+
+def _coefficients(fusion: Fusion, factors: Sequence[Factors]) -> list[float]:
+    if fusion.method == "model_stock":
+        return stock_coefficients(factor_gram(factors))
+    if fusion.method == "slerp":
+        shares = _unit_vectors_fused(Fusion("linear", fusion.weights))
+        return (slerp_coefficients if len(factors) == 2 else karcher_coefficients)(factor_gram(factors), shares)
+    return _unit_vectors_fused(fusion)
+
+
+def _unit_vectors_fused(fusion: Fusion) -> list[float]:
+    """What the method makes of unit vectors: its coefficients, if they do not depend on the tensors."""
+    count = len(fusion.weights)
+    return fuse_tensor(fusion, list(torch.eye(count)), torch.zeros(count)).tolist()
+
+
+def _fused_delta(name: str, factors: Sequence[Factors], fusion: Fusion, seed: int, fan_in_fan_out: bool) -> Tensor:
+    """(in, out). The deltas are fused in the layout and under the name of the weight they change, which decide DARE's masks."""
+    deltas = [a @ b if fan_in_fan_out else b.T @ a.T for a, b in factors]
+    fused = fuse_tensor(fusion, deltas, torch.zeros_like(deltas[0]), name=name, seed=seed)
+    return fused if fan_in_fan_out else fused.T
+
+
+def _module_names(adapters: Sequence[Adapter]) -> list[str]:
+    return list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
+
+
+def _module_factors(name: str, adapters: Sequence[Adapter]) -> list[Factors]:
+    """A (in, r), B (r, out) of one module by adapter; r = 0 for an adapter that lacks it."""
+    found = {index: adapter.factors[name] for index, adapter in enumerate(adapters) if name in adapter.factors}
+    shapes = sorted({(a.shape[0], b.shape[1]) for a, b in found.values()})
+    if len(shapes) > 1:
+        raise UserError(f"The adapters map different shapes {shapes} at {name!r}; fuse adapters of one base.")
+    for index, factors in found.items():
+        if not all(factor.isfinite().all() for factor in factors):
+            raise UserError(f"The adapter in {adapters[index].path} holds NaN or infinity at {name!r}; train it again.")
+    ((inputs, outputs),) = shapes
+    absent = torch.zeros(inputs, 0), torch.zeros(0, outputs)
+    return [found.get(index, absent) for index in range(len(adapters))]
 
 
 def _common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
@@ -50,19 +158,20 @@ def _common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
     recorded = {adapter.base_fingerprint: adapter for adapter in adapters if adapter.base_fingerprint is not None}
     if len(recorded) > 1:
         places = " and ".join(str(adapter.path) for adapter in recorded.values())
-        raise ValueError(f"The adapters in {places} were trained on different bases; fuse adapters of one base.")
+        raise UserError(f"The adapters in {places} were trained on different bases; fuse adapters of one base.")
     complete = all(adapter.base_fingerprint is not None for adapter in adapters)
     return next(iter(recorded)) if complete else None
 
 
-def _concatenated(name: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """A (in, R) and B (R, out) of one module, R the sum of the ranks of the adapters that have it; in float32."""
-    weighted = zip(adapters, weights, strict=True)
-    pairs = [(*adapter.factors[name], weight) for adapter, weight in weighted if name in adapter.factors]
-    shapes = {(a.shape[0], b.shape[1]) for a, b, _ in pairs}
-    if len(shapes) > 1:
-        raise ValueError(f"The adapters map different shapes {sorted(shapes)} at {name!r}; fuse adapters of one base.")
-    return torch.cat([a for a, _, _ in pairs], 1), torch.cat([b * weight for _, b, weight in pairs], 0)
+def _write(directory: Path, factors: Mapping[str, Factors], like: Adapter, fingerprint: str | None) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.T.contiguous()  # PEFT stores (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.T.contiguous()  # and (out, r)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    _lora_config({name: a.shape[1] for name, (a, _) in factors.items()}, like).save_pretrained(str(directory))
+    if fingerprint is not None:
+        write_json(directory / "policy.json", {"base_fingerprint": fingerprint})
 
 
 def _lora_config(ranks: dict[str, int], like: Adapter) -> LoraConfig:

@@ -131,6 +131,7 @@ def test_model_stock_by_hand():
     one, two = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
     cosine = math.sqrt(0.5)
     torch.testing.assert_close(fuse("model_stock", [one, two], [1, 1], base), 2 * cosine / (1 + cosine) * (one + two) / 2)
+    assert torch.equal(fuse("model_stock", [one, base], [1, 1], base), base)  # one has not moved: they do not agree at all
     with pytest.raises(UserError, match="treats all models alike"):
         fuse("model_stock", [one, two], [1, 2], base)
 
