@@ -8,17 +8,14 @@ instead of sum for that reason.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emorl.search.study import Finished, Params
+from emorl.search.study import Finished, Params, Valuation
 from emorl.search.weight_space import WeightSpace
 
 Point = tuple[float, ...]
 _Key = tuple[float, ...]
-
-Valuation = Callable[[Sequence[Finished]], Sequence[float]]
-"""The finished trials -> one value each, to be maximised."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,7 @@ from optuna.samplers import (
 from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState, create_trial
 
-from emorl.search.hierarchical_grid import Valuation
-from emorl.search.study import Finished, Params
-from emorl.search.weight_space import WeightSpace
+from emorl.search.study import Finished, Params, Space, Valuation
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(seed=seed),
@@ -39,9 +37,9 @@ _MOST_ASKS = 100  # of one proposal, before a sampler that repeats itself counts
 
 
 class OptunaProposer:
-    """A proposer: each policy alone and equal weights first, then one candidate at a time from the named sampler."""
+    """A proposer: the space's corners first, then one candidate at a time from the named sampler."""
 
-    def __init__(self, sampler: str, space: WeightSpace, objectives: int, value: Valuation, seed: int) -> None:
+    def __init__(self, sampler: str, space: Space, objectives: int, value: Valuation, seed: int) -> None:
         self._space, self._value, self._vector = space, value, sampler in _WANTS_VECTOR
         self._shadow = optuna.create_study(
             directions=[StudyDirection.MAXIMIZE] * (objectives if self._vector else 1), sampler=SAMPLERS[sampler](seed)

@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from emorl.search.hierarchical_grid import Valuation
-from emorl.search.study import Finished, Params
+from emorl.search.study import Finished, Params, Valuation
 from emorl.search.weight_space import WeightSpace
 
 Point = tuple[int, ...]

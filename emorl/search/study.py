@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import optuna
 import psutil
@@ -75,6 +75,31 @@ already be known or running: only new candidates are enqueued. While it waits fo
 
 Evaluate = Callable[[Sequence[Params]], Sequence[Scored]]
 """Some candidates -> their scores, in the same order."""
+
+Valuation = Callable[[Sequence[Finished]], Sequence[float]]
+"""The finished trials -> one value each, to be maximised."""
+
+
+class Space(Protocol):
+    """What candidates there are; proposers know no more of them."""
+
+    @property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """Of every parameter, for Optuna."""
+        ...
+
+    def canonical(self, params: Params) -> Params | None:
+        """The one candidate that stands for all that are the same; None for what is none."""
+        ...
+
+    def corners(self) -> Sequence[Params]:
+        """Candidates that every search begins with."""
+        ...
+
+    def vector(self, params: Params) -> list[float]:
+        """Numbers that tell candidates apart."""
+        ...
+
 
 _POLL_SECONDS = 1.0
 _CLAIM_SECONDS = 30.0  # between popping a trial and signing it there are milliseconds

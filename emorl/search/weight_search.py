@@ -24,10 +24,10 @@ from emorl.objectives.loading import check_objectives, outside_range
 from emorl.objectives.scalarize import importance_of, scalarize
 from emorl.progress import Progress, Silent
 from emorl.runs import Cost, open_run, read_json, write_json, written_whole
-from emorl.search.hierarchical_grid import HierarchicalGrid, Valuation
+from emorl.search.hierarchical_grid import HierarchicalGrid
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
 from emorl.search.simplex_refinement import SimplexRefinement
-from emorl.search.study import Budget, Finished, Proposer, finished_trials, open_study
+from emorl.search.study import Budget, Finished, Proposer, Valuation, finished_trials, open_study
 from emorl.search.study import search as run_search
 from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
 from emorl.search.weight_space import WeightSpace

@@ -1,0 +1,87 @@
+"""Fuses models into a loaded one, in place and in memory: how a search tries a candidate without a process or a checkpoint.
+
+Only the tensors whose fusion differs from the last one are fused again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from emorl.fusion.operators import Fusion, fuse_tensor
+from emorl.policies.adapters import Adapter
+
+FuseOne = Callable[[str, Fusion], Tensor]
+"""Name of a parameter and its fusion -> the fused tensor, in the parameter's shape."""
+
+
+class LoadedFusion:
+    """A model whose named parameters are a fusion of several models'; the others stay as they are.
+
+    >>> loaded = loaded_adapters(base.model, adapters)
+    >>> loaded.apply(lambda name: Fusion("ties", (0.5, 0.5)))
+    >>> loaded.model.generate(...)
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], fuse_one: FuseOne) -> None:
+        self.model = model
+        parameters = dict(model.named_parameters())
+        self._parameters = {name: parameters[name] for name in names}
+        self._fuse_one = fuse_one
+        self._applied: dict[str, Fusion] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that are fused."""
+        return list(self._parameters)
+
+    @torch.no_grad()
+    def apply(self, fusion_of: Callable[[str], Fusion]) -> int:
+        """Changes the model's parameters to what `fusion_of` says of each; returns how many were fused anew."""
+        changed = [name for name in self._parameters if self._applied.get(name) != fusion_of(name)]
+        for name in changed:
+            self._applied.pop(name, None)  # not known, should this one fail
+            fusion = fusion_of(name)
+            self._parameters[name].copy_(self._fuse_one(name, fusion))
+            self._applied[name] = fusion
+        return len(changed)
+
+
+def loaded_models(
+    model: PreTrainedModel, models: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None, seed: int = 0
+) -> LoadedFusion:
+    """Whole models, by their state dicts (those that safetensors maps into memory will do); `model` is one of their
+    architecture."""
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+
+    def fuse_one(name: str, fusion: Fusion) -> Tensor:
+        start = None if base is None else base[name]
+        return fuse_tensor(fusion, [one[name] for one in models], start, name=name, seed=seed)
+
+    return LoadedFusion(model, names, fuse_one)
+
+
+def loaded_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int = 0) -> LoadedFusion:
+    """LoRA policies of the base `model`: what their adapters add is fused (SLERP too is between those) and added to the base.
+
+    The base's adapted weights are copied, and the adapters' full deltas kept in float32: K + 1 times the adapted modules.
+    """
+    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
+    starts = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().clone() for name in modules}
+    deltas = {f"{name}.weight": [_delta(adapter, name, starts[f"{name}.weight"]) for adapter in adapters] for name in modules}
+
+    def fuse_one(name: str, fusion: Fusion) -> Tensor:
+        base = torch.zeros_like(deltas[name][0])
+        return fuse_tensor(fusion, deltas[name], base, name=name, seed=seed) + starts[name].float()
+
+    return LoadedFusion(model, list(starts), fuse_one)
+
+
+def _delta(adapter: Adapter, module: str, weight: Tensor) -> Tensor:
+    """What an adapter adds to a module's weight, in its shape; zero where it adapts it not."""
+    if module not in adapter.factors:
+        return torch.zeros(weight.shape)
+    a, b = adapter.factors[module]
+    delta = a @ b  # (in, out)
+    return (delta if adapter.fan_in_fan_out else delta.T).contiguous()
