@@ -27,7 +27,10 @@ FILE is YAML, for example
 The model is then an objective, {function: classifier, model: runs/politeness/model}.
 """
 _FUSE_HELP = """\
-FILE is YAML, for example
+An experiment's trained policies become one policy in OUTPUT/fuse/policy, by its block `fuse` (emorl train --help):
+  emorl fuse experiment.yaml fuse.method=ties
+  emorl fuse experiment.yaml --proposer q_learning              # RL-Fusion: settings searched on the validation prompts
+Whole checkpoints are fused by a FILE of their own, for example
   output: runs/fused
   base: models/base
   models: {maths: models/maths, code: models/code}
@@ -145,11 +148,14 @@ def _add_fuse(command: argparse.ArgumentParser, name: str) -> None:
     from emorl.config import describe
     from emorl.fuse_experiment import CheckpointsFile
 
-    command.add_argument("file", type=Path, metavar="FILE", help="YAML of checkpoints to fuse, ours or mergekit's")
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="experiment.yaml, or a YAML of checkpoints to fuse, ours or mergekit's"
+    )
     command.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace those of the file"
     )
     command.add_argument("--output", metavar="FOLDER", help="of the fused model, the same as output=FOLDER")
+    command.add_argument("--proposer", metavar="NAME", help="search the fusion of policies, the same as fuse.proposer=NAME")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     if "--help" in sys.argv or "-h" in sys.argv:
         command.epilog = _FUSE_HELP + describe(CheckpointsFile)
@@ -337,16 +343,43 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _fuse(options: argparse.Namespace) -> None:
+    from emorl.config import read_yaml
     from emorl.console import Console
-    from emorl.fuse_experiment import load_checkpoints_file
-    from emorl.fusion.recipe import fuse
+    from emorl.fuse_experiment import is_experiment, load_checkpoints_file
 
     output = [] if options.output is None else [f"output={options.output}"]
-    folder = fuse(load_checkpoints_file(options.file, [*options.overrides, *output]), Console())
+    overrides = [*options.overrides, *output]
+    if is_experiment(read_yaml(options.file)):
+        _fuse_policies(options, overrides)
+        return
+    from emorl.fusion.recipe import fuse
+
+    if options.proposer is not None:
+        raise UserError(f"--proposer searches the fusion of an experiment's policies; {options.file} is a file of checkpoints")
+    folder = fuse(load_checkpoints_file(options.file, overrides), Console())
     if options.json:
         print(json.dumps({"model": str(folder)}))
     else:
         Console().say(f"fuse: {folder}")
+
+
+def _fuse_policies(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from emorl.console import Console
+    from emorl.experiment import load_experiment
+    from emorl.reporting.tables import fusion_lines
+    from emorl.search.fusion_search import fuse_policies, read_fusion
+    from emorl.search.weight_search import silence_optuna
+
+    silence_optuna()
+    proposer = [] if options.proposer is None else [f"fuse.proposer={options.proposer}"]
+    experiment = load_experiment(options.file, [*overrides, *proposer])
+    run = fuse_policies(experiment, Console())
+    _keep_config(experiment)
+    result = read_fusion(experiment)
+    if options.json:
+        print(json.dumps({**result, "policy": str(run / "policy")}, indent=2))
+    else:
+        print("\n".join(fusion_lines(result)))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -420,7 +453,7 @@ _COMMANDS: tuple[_Command, ...] = (
         _compare_methods,
         _add_experiment,
     ),
-    ("fuse", "Fuse models of one architecture into one, tensor by tensor on disk.", _fuse, _add_fuse),
+    ("fuse", "Fuse trained policies into one, or whole checkpoints tensor by tensor on disk.", _fuse, _add_fuse),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),
     (
         "objectives",

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError, apply_overrides, parse, read_yaml
+from emorl.fuse_experiment import PolicyFuseConfig
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -269,6 +270,8 @@ class Experiment:
     """search for the weights"""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     """comparison on the test prompts"""
+    fuse: PolicyFuseConfig = Field(default_factory=PolicyFuseConfig)
+    """`emorl fuse`: the policies' parameters become one policy"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -21,6 +21,49 @@ class FuseConfig:
     settings: dict[str, Any] = Field(default_factory=dict)
     """of the method: scale, normalize, density, space (slerp: weights or task_vectors), trim (ties: tensor, or global as its
     authors do)"""
+
+
+@dataclass(frozen=True, config=_strict)
+class QLearningConfig:
+    alpha: float = Field(default=0.3, gt=0, le=1)
+    """learning rate of the Q-table"""
+    gamma: float = Field(default=0.9, ge=0, lt=1)
+    """discount of later gains"""
+    epsilon_start: float = Field(default=1.0, ge=0, le=1)
+    """share of random moves at first"""
+    epsilon_end: float = Field(default=0.05, ge=0, le=1)
+    """and at last"""
+    exploration: float = Field(default=0.6, gt=0, le=1)
+    """share of the trials over which it falls"""
+    learning_rate: Literal["scale", "step"] = "scale"
+    """what the paper's learning-rate action turns: the scale of the method, or the step of the weights (1, 2 or 4)"""
+
+
+@dataclass(frozen=True, config=_strict, kw_only=True)
+class PolicyFuseConfig(FuseConfig):
+    rank: int | None = Field(default=None, ge=1)
+    """of the fused adapter, at most; by default nothing is cut off (ties, dare: the sum of the ranks)"""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """instead: the share of every module's squared norm that is kept"""
+    proposer: str | None = None
+    """searches weights, method and scale on the validation prompts: q_learning (RL-Fusion), or an Optuna sampler: tpe, gp,
+    cma_es, qmc, random, nsga2; by default method, weights and settings are used as given"""
+    trials: int = Field(default=60, ge=1)
+    """candidates the search evaluates"""
+    methods: list[str] = Field(default_factory=lambda: ["slerp", "ties"], min_length=1)
+    """that the search switches between (paper: slerp and ties)"""
+    scales: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [0.5, 1.0, 2.0], min_length=1)
+    """that it tries, for methods that have a scale"""
+    step: float = Field(default=0.05, gt=0, le=0.5)
+    """of the weights (paper: 0.05)"""
+    q_learning: QLearningConfig = Field(default_factory=QLearningConfig)
+    """of q_learning"""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("give rank or energy, not both")
+        if abs(1 / self.step - round(1 / self.step)) > 1e-9:
+            raise ValueError(f"step must divide 1 into whole steps, such as 0.05 or 0.1; got {self.step}")
 
 
 @dataclass(frozen=True, config=_strict, kw_only=True)
@@ -47,6 +90,11 @@ class CheckpointsFile(FuseConfig):
     def weight_of(self, name: str) -> float:
         """Weights that are not given are 0; without any, all are equal."""
         return self.weights.get(name, 0.0) if self.weights else 1.0 / len(self.models)
+
+
+def is_experiment(content: dict[str, Any]) -> bool:
+    """Whether a YAML mapping is an experiment's, whose policies are to be fused."""
+    return "objectives" in content
 
 
 def is_mergekit(content: dict[str, Any]) -> bool:

@@ -12,23 +12,22 @@ from typing import Any
 
 import numpy as np
 import optuna
-import pandas as pd
 
 from emorl.aggregation.ensemble import BASE_POLICY
 from emorl.config import UserError, as_mapping, nearest
 from emorl.evaluation.memo import ScoreMemo
-from emorl.evaluation.pareto import front
 from emorl.evaluation.scoring import check_generation
 from emorl.experiment import Experiment, SearchConfig
 from emorl.objectives.loading import check_objectives, outside_range
 from emorl.objectives.scalarize import importance_of, scalarize
 from emorl.progress import Progress, Silent
-from emorl.runs import Cost, open_run, read_json, write_json, written_whole
+from emorl.runs import open_run, read_json, write_json, written_whole
 from emorl.search.hierarchical_grid import HierarchicalGrid
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
 from emorl.search.simplex_refinement import SimplexRefinement
 from emorl.search.study import Budget, Finished, Proposer, Valuation, finished_trials, open_study
 from emorl.search.study import search as run_search
+from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
 from emorl.search.weight_space import WeightSpace
 from emorl.training.policy import policy_directories, training_settings
@@ -65,7 +64,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
         return run.path
     objectives = list(experiment.objectives)
     space = WeightSpace((*adapters, *([BASE_POLICY] if experiment.search.include_base else [])))
-    value = _valuation(experiment, space)
+    value = valuation(experiment, space.corners()[: len(space.policies)])
     proposer, expected = _proposer(experiment, space, value)
     progress.say(f"search: {chosen_proposer(experiment.search)} over the weights of {', '.join(space.policies)}")
     memo = ScoreMemo(run.path / "scores.sqlite")
@@ -100,7 +99,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
     if spent:
         progress.say(f"search: ended by its budget after {len(finished)} candidates; a larger one continues it")
     _write_results(run.path, experiment, space, finished, value(finished), budget if spent else None)
-    run.with_cost(_total_cost(finished)).finish()
+    run.with_cost(total_cost(finished)).finish()
     return run.path
 
 
@@ -148,23 +147,6 @@ def _study_name(experiment: Experiment) -> str:
     return STUDY_NAME if experiment.search.storage is None else f"{experiment.output.name}-{STUDY_NAME}"
 
 
-def _valuation(experiment: Experiment, space: WeightSpace) -> Valuation:
-    """The configured scalarisation of finished trials. Until the policies alone are evaluated, Chebyshev is their mean."""
-    objectives = list(experiment.objectives)
-    importance = importance_of(objectives, experiment.search.preferences)
-    alone = space.corners()[: len(space.policies)]
-
-    def value(finished: Sequence[Finished]) -> Sequence[float]:
-        if not finished:
-            return []
-        scores = np.array([trial.scores for trial in finished])
-        references = np.array([trial.scores for trial in finished if trial.params in alone])
-        known = experiment.search.scalarize != "chebyshev" or len(references) == len(alone)
-        return scalarize(scores, experiment.search.scalarize if known else "mean", importance, references).tolist()
-
-    return value
-
-
 def _score_value(experiment: Experiment) -> ScoreValue:
     """The configured scalarisation of mean scores (..., O), for races."""
     importance = importance_of(list(experiment.objectives), experiment.search.preferences)
@@ -194,30 +176,6 @@ def _best_so_far(finished: Sequence[Finished], value: Valuation) -> str:
     return f"best {best:.3f} at {weights}"
 
 
-def _total_cost(finished: Sequence[Finished]) -> Cost:
-    return sum((Cost(**trial.notes["cost"]) for trial in finished), Cost())
-
-
-def trials_table(finished: Sequence[Finished], objectives: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
-    """One row per trial: trial, weight_<policy>, score_<objective>, error_<objective>, prompts, seconds, value, front
-    (not dominated among those that saw all prompts)."""
-    rows = [
-        {
-            "trial": trial.number,
-            **{f"weight_{name}": weight for name, weight in trial.params.items()},
-            **{f"score_{name}": score for name, score in zip(objectives, trial.scores, strict=True)},
-            **{f"error_{name}": error for name, error in zip(objectives, trial.notes["errors"], strict=True)},
-            "prompts": trial.notes["cost"]["prompts"],
-            "seconds": trial.notes["cost"]["seconds"],
-        }
-        for trial in finished
-    ]
-    table = pd.DataFrame(rows).assign(value=list(values), front=False)
-    whole = table["prompts"] == table["prompts"].max()
-    table.loc[whole, "front"] = front(table.loc[whole, [f"score_{name}" for name in objectives]].to_numpy())
-    return table
-
-
 def _write_results(
     path: Path,
     experiment: Experiment,
@@ -226,7 +184,9 @@ def _write_results(
     values: Sequence[float],
     ended_by: Budget | None,
 ) -> None:
-    table = trials_table(finished, list(experiment.objectives), values)
+    table = trials_table(finished, list(experiment.objectives), values).rename(
+        columns={name: f"weight_{name}" for name in space.policies}
+    )
     with written_whole(path / "trials.csv") as temporary:
         table.to_csv(temporary, index=False)
 

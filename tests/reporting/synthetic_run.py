@@ -17,7 +17,7 @@ from emorl.reporting.comparison import System, indicators, summary_table
 from emorl.reporting.results import without_nan
 from emorl.runs import Cost, open_run, write_json, write_text
 from emorl.search.study import Finished
-from emorl.search.weight_search import trials_table
+from emorl.search.trials import trials_table
 
 OBJECTIVES = ("reflection", "empathy", "fluency")
 HOSTILE = "<script>alert('completion')</script> [bold]& :smile:"
@@ -82,6 +82,7 @@ def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float],
         for number, point in enumerate(shares)
     ]
     table = trials_table(finished, objectives, [float(np.mean(trial.scores)) for trial in finished])
+    table = table.rename(columns={name: f"weight_{name}" for name in objectives})
     path.mkdir(parents=True)
     table.to_csv(path / "trials.csv", index=False)
     points = [

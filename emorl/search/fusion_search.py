@@ -1,0 +1,219 @@
+"""Fusion stage: the trained policies become one policy (`emorl fuse experiment.yaml`), with given settings or searched ones.
+
+RL-Fusion (Appl. Sci. 2025, 15(4), 2186) by default where settings are searched; Optuna's samplers are its rivals on the same
+space. Candidates are fused in memory, into the loaded base; every one answers the same validation prompts. The search's best
+score is a maximum over noisy estimates: judge the policy on other prompts.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from emorl.config import UserError, as_mapping, nearest
+from emorl.data import load_prompts
+from emorl.evaluation.memo import ScoreMemo
+from emorl.evaluation.scoring import check_generation, cost_of, generate, mean_and_error, score
+from emorl.experiment import Experiment
+from emorl.fusion.adapters import fuse_adapters
+from emorl.fusion.loaded import LoadedFusion, loaded_adapters
+from emorl.fusion.operators import Fusion, check_fusion
+from emorl.objectives.loading import check_objectives, load_objective
+from emorl.policies.adapters import read_adapter
+from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
+from emorl.policies.prompts import is_chat
+from emorl.progress import Progress, Silent
+from emorl.runs import open_run, read_json, write_json, written_whole
+from emorl.search.fusion_space import FusionSpace
+from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.q_learning import QLearning, QSettings
+from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Valuation, finished_trials, open_study
+from emorl.search.study import search as run_search
+from emorl.search.trials import total_cost, trials_table, valuation
+from emorl.search.weight_search import check_mode
+from emorl.training.policy import POLICY_DIRECTORY, policy_directories, training_settings
+
+Q_LEARNING = "q_learning"
+
+
+def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> Path:
+    """Fuses the experiment's trained policies into one; returns the run directory, which holds the PEFT adapter `policy`
+    and `result.json`.
+
+    A finished fusion is skipped; a search that was interrupted continues.
+
+    Raises:
+        UserError: policies missing, an unknown method, setting or proposer, a run directory of another fusion.
+    """
+    progress = progress or Silent()
+    check_mode(experiment)
+    adapters = policy_directories(experiment)
+    space = _space(experiment, list(adapters))
+    given = _given(experiment, list(adapters))
+    run = open_run(experiment.output / "fuse", "fuse", _identity(experiment))
+    if run.finished:
+        progress.say(f"fuse: finished before, in {run.path}")
+        return run.path
+    result: dict[str, Any] = {"method": given.method, "weights": dict(zip(adapters, given.weights, strict=True))}
+    if experiment.fuse.proposer is not None:
+        finished, value = _searched(experiment, adapters, space, run.path, progress)
+        run = run.with_cost(total_cost(finished))
+        result, given = _found(experiment, space, finished, value, run.path)
+    policy = run.path / POLICY_DIRECTORY
+    if not policy.exists():
+        read = [read_adapter(path, experiment.search.adapter_scale) for path in adapters.values()]
+        fuse_adapters(read, given, policy, rank=experiment.fuse.rank, energy=experiment.fuse.energy, seed=experiment.seed)
+    write_json(run.path / "result.json", result)
+    progress.say(f"fuse: {given.method} of {', '.join(adapters)} in {policy}")
+    run.finish()
+    return run.path
+
+
+def read_fusion(experiment: Experiment) -> dict[str, Any]:
+    """What a finished fusion wrote to `result.json`."""
+    return read_json(experiment.output / "fuse" / "result.json")
+
+
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    """Settings that the result depends on; a budget may be raised."""
+    whole = as_mapping(experiment)
+    fuse = {key: value for key, value in whole["fuse"].items() if key != "trials"}
+    what = {**training_settings(experiment), "objectives": whole["objectives"], "fuse": fuse}
+    if experiment.fuse.proposer is not None:
+        what["search"] = {key: whole["search"][key] for key in ("scalarize", "preferences", "samples", "generation")}
+    return {**what, **({} if experiment.policies is None else {"policies": whole["policies"]})}
+
+
+def _given(experiment: Experiment, names: Sequence[str]) -> Fusion:
+    config = experiment.fuse
+    unknown = sorted(set(config.weights) - set(names))
+    if unknown:
+        raise UserError(f"fuse.weights names {unknown[0]!r}; {nearest(unknown[0], names)}")
+    weights = tuple(config.weights.get(name, 0.0) if config.weights else 1.0 / len(names) for name in names)
+    fusion = Fusion(config.method, weights, config.settings)
+    check_fusion(fusion, len(names), has_base=True)
+    return fusion
+
+
+def _space(experiment: Experiment, names: Sequence[str]) -> FusionSpace:
+    config = experiment.fuse
+    proposers = [Q_LEARNING, *SAMPLERS]
+    if config.proposer is not None and config.proposer not in proposers:
+        raise UserError(f"fuse.proposer: no proposer is called {config.proposer!r}; {nearest(config.proposer, proposers)}")
+    for method in config.methods if config.proposer is not None else ():
+        check_fusion(Fusion(method, (1.0,) * len(names)), len(names), has_base=True)
+    return FusionSpace(tuple(names), tuple(config.methods), tuple(config.scales), config.step, config.settings)
+
+
+def _searched(
+    experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace, path: Path, progress: Progress
+) -> tuple[list[Finished], Valuation]:
+    config = experiment.fuse
+    value = valuation(experiment, space.corners()[: len(space.models)])
+    study = open_study(path / "journal.log", list(experiment.objectives), "fusion")
+    known = finished_trials(study)
+    progress.say(f"fuse: {config.proposer} over {', '.join(config.methods)} of {', '.join(space.models)}")
+    if known:
+        progress.say(f"fuse: continues behind {len(known)} candidates in {path}")
+    with ScoreMemo(path / "scores.sqlite") as memo, progress.bar("search fusion", config.trials, done=len(known)) as bar:
+        evaluator = FusionEvaluator.load(experiment, adapters, space, memo)
+        seen = len(known)
+
+        def on_finished(finished: Sequence[Finished]) -> None:
+            nonlocal seen
+            bar.advance(len(finished) - seen, f"best {max(value(finished)):.3f}" if finished else "")
+            seen = len(finished)
+
+        finished = run_search(
+            study,
+            _proposer(experiment, space, value),
+            evaluator,
+            space.distributions,
+            budget=Budget(trials=config.trials),
+            on_finished=on_finished,
+        )
+    return finished, value
+
+
+def _proposer(experiment: Experiment, space: FusionSpace, value: Valuation) -> Proposer:
+    config = experiment.fuse
+    if config.proposer == Q_LEARNING:
+        q = config.q_learning
+        settings = QSettings(q.alpha, q.gamma, (q.epsilon_start, q.epsilon_end), q.exploration, q.learning_rate)
+        return QLearning(space, value, config.trials, experiment.seed, settings)
+    assert config.proposer is not None
+    return OptunaProposer(config.proposer, space, len(experiment.objectives), value, experiment.seed)
+
+
+def _found(
+    experiment: Experiment, space: FusionSpace, finished: Sequence[Finished], value: Valuation, path: Path
+) -> tuple[dict[str, Any], Fusion]:
+    """What the search found, and the fusion it means; the table of all candidates is written."""
+    values = value(finished)
+    table = trials_table(finished, list(experiment.objectives), values)
+    with written_whole(path / "trials.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    best, trial = max(zip(values, finished, strict=True), key=lambda pair: pair[0])
+    fusion = space.fusion(trial.params)
+    result = {
+        "method": fusion.method,
+        "weights": dict(zip(space.models, fusion.weights, strict=True)),
+        "settings": dict(fusion.settings),
+        "proposer": experiment.fuse.proposer,
+        "prompts": "validation",
+        "scores": dict(zip(experiment.objectives, trial.scores, strict=True)),
+        "value": best,
+        "trials": len(finished),
+    }
+    return result, fusion
+
+
+class FusionEvaluator:
+    """Some candidates -> their scores on the validation prompts; notes hold the standard errors and the cost."""
+
+    def __init__(
+        self, loaded: LoadedFusion, base: Base, experiment: Experiment, space: FusionSpace, data: Any, memo: ScoreMemo
+    ) -> None:
+        self._loaded, self._base, self._experiment, self._space = loaded, base, experiment, space
+        self._data, self._memo = data, memo
+        self._objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
+        self._generation = {**experiment.generation, **experiment.search.generation}
+
+    @classmethod
+    def load(
+        cls, experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace, memo: ScoreMemo
+    ) -> "FusionEvaluator":
+        """Loads prompts, objectives, base and policies."""
+        check_generation({**experiment.generation, **experiment.search.generation})
+        check_objectives(experiment.objectives)
+        splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
+        base = load_base(experiment.base)
+        policies = read_policies(adapters, base, experiment.search.adapter_scale)
+        loaded = loaded_adapters(base.model, list(policies.values()), experiment.seed)
+        return cls(loaded, base, experiment, space, splits.validation, memo)
+
+    def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
+        return [self._scored(candidate) for candidate in candidates]
+
+    def _scored(self, candidate: Params) -> Scored:
+        start = time.perf_counter()
+        fusion = self._space.fusion(candidate)
+        self._loaded.apply(lambda name: fusion)
+        search, prompts = self._experiment.search, list(self._data["prompt"])
+        completions = generate(
+            self._loaded.model,
+            self._base.tokenizer,
+            prompts,
+            self._generation,
+            samples=search.samples,
+            seed=self._experiment.seed,
+        )
+        names = [objective.name for objective in self._objectives]
+        table = score(completions, self._data, self._objectives, self._memo)
+        means, errors = mean_and_error(table, names)
+        missing = [name for name, mean in zip(names, means, strict=True) if mean != mean]
+        if missing:
+            raise UserError(f"objective {missing[0]!r} returned None for every prompt; a search needs scores")
+        cost = cost_of(table, len(names), time.perf_counter() - start)
+        return Scored(tuple(means), {"errors": errors, "cost": asdict(cost)})

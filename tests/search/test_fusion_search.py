@@ -1,0 +1,139 @@
+"""The fusion stage: given or searched settings become one PEFT adapter, and what was searched in memory is what is written."""
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from emorl.cli import main
+from emorl.config import UserError, to_yaml
+from emorl.data import load_prompts
+from emorl.evaluation.scoring import evaluate
+from emorl.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig
+from emorl.fuse_experiment import PolicyFuseConfig
+from emorl.fusion.loaded import loaded_adapters, loaded_models
+from emorl.fusion.operators import OPERATORS, Fusion
+from emorl.objectives.loading import load_objective
+from emorl.policies.adapters import read_adapter
+from emorl.policies.loading import load_base
+from emorl.search.fusion_search import fuse_policies, read_fusion
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def share(letter):
+    def function(prompts, completions, **columns):
+        texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+        return [text.count(letter) / max(1, len(text)) for text in texts]
+
+    return function
+
+
+e_share, a_share = share("e"), share("a")
+
+
+@pytest.fixture
+def experiment(tmp_path, tiny_base_dir, make_causal_model, write_adapter):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {word} {i}"}) + "\n" for i in range(8) for word in ("yes", "no")))
+    base = make_causal_model("llama")
+    for seed, name in enumerate("ea"):
+        write_adapter(base, tmp_path / "run" / "train" / name / "policy", seed=seed)
+    return Experiment(
+        output=tmp_path / "run",
+        base=BaseConfig(model=str(tiny_base_dir)),
+        data=DataConfig(path=str(data), validation=4, test=4),
+        objectives={name: ObjectiveConfig(function=f"{__name__}:{name}_share") for name in ("e", "a")},
+        generation={"max_new_tokens": 6, "do_sample": False},
+    )
+
+
+def with_fuse(experiment, **settings):
+    return replace(experiment, fuse=PolicyFuseConfig(**settings))
+
+
+@pytest.mark.parametrize("proposer", ["q_learning", "random"])
+def test_what_was_searched_is_what_is_written(experiment, proposer):
+    searched = with_fuse(experiment, proposer=proposer, trials=8, rank=32)
+    run = fuse_policies(searched)
+    result = read_fusion(searched)
+    table = pd.read_csv(run / "trials.csv")
+    assert len(table) == result["trials"] == 8
+    assert result["value"] == pytest.approx(table["value"].max())
+    base = load_base(searched.base)
+    policy = PeftModel.from_pretrained(base.model, str(run / "policy")).eval()
+    data = load_prompts(searched.data, searched.seed, True).validation
+    objectives = [load_objective(name, config) for name, config in searched.objectives.items()]
+    found = evaluate(policy, base.tokenizer, data, objectives, searched.generation).table
+    for name, score in result["scores"].items():
+        assert found[name].mean() == pytest.approx(score, abs=1e-6)
+
+
+def test_an_interrupted_search_goes_on_and_a_finished_one_is_left(experiment):
+    few = with_fuse(experiment, proposer="q_learning", trials=5)
+    fuse_policies(few)
+    journal = (few.output / "fuse" / "journal.log").stat().st_size
+    fuse_policies(few)
+    assert (few.output / "fuse" / "journal.log").stat().st_size == journal
+    other = replace(few, output=few.output.parent / "other", policies=few.output)
+    fuse_policies(other)
+    assert read_fusion(other) == read_fusion(few)
+    with pytest.raises(UserError, match="other settings"):
+        fuse_policies(with_fuse(experiment, proposer="random", trials=5))
+
+
+def test_given_settings_by_the_command_line(experiment, capsys, tmp_path):
+    (tmp_path / "experiment.yaml").write_text(to_yaml(experiment))
+    command = ["fuse", str(tmp_path / "experiment.yaml"), "fuse.method=task_arithmetic", "fuse.weights={e: 1}"]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["method"], result["weights"]) == ("task_arithmetic", {"e": 1.0, "a": 0.0})
+    fused, original = read_adapter(result["policy"]), read_adapter(experiment.training_of("e") / "policy")
+    for name, (a, b) in original.factors.items():
+        torch.testing.assert_close(fused.factors[name][0] @ fused.factors[name][1], a @ b)
+
+
+def test_mistakes_are_one_line(experiment, capsys, tmp_path):
+    with pytest.raises(UserError, match="no proposer is called 'q_learnin'; did you mean 'q_learning'"):
+        fuse_policies(with_fuse(experiment, proposer="q_learnin"))
+    with pytest.raises(UserError, match="no fusion method is called 'tie'"):
+        fuse_policies(with_fuse(experiment, proposer="random", methods=["tie"]))
+    with pytest.raises(UserError, match=r"fuse.weights names 'b'"):
+        fuse_policies(with_fuse(experiment, weights={"b": 1}))
+    with pytest.raises(UserError, match="no trained policy for e"):
+        fuse_policies(replace(experiment, output=tmp_path / "nowhere"))
+    (tmp_path / "checkpoints.yaml").write_text(yaml.safe_dump({"output": "x", "models": {"a": "y"}}))
+    assert main(["fuse", str(tmp_path / "checkpoints.yaml"), "--proposer", "random"]) == 2
+    assert "searches the fusion of an experiment's policies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [name for name in OPERATORS if name != "keep"])
+def test_a_loaded_model_is_fused_in_place_and_only_where_something_changed(make_causal_model, method):
+    base, *models = [make_causal_model("llama", seed=seed) for seed in range(3)]
+    states = [{name: value.clone() for name, value in model.state_dict().items()} for model in (base, *models)]
+    loaded = loaded_models(base, states[1:], states[0], seed=4)
+    weights = (0.5, 0.5)
+    assert loaded.apply(lambda name: Fusion(method, weights)) == len(loaded.names)
+    assert loaded.apply(lambda name: Fusion(method, weights)) == 0
+    first = {name: value.clone() for name, value in base.named_parameters()}
+    inside = [name for name in loaded.names if "layers.1." in name]
+    keep = Fusion("keep", (0.0, 1.0))
+    assert loaded.apply(lambda name: keep if name in inside else Fusion(method, weights)) == len(inside)
+    for name, value in base.named_parameters():
+        assert torch.equal(value, states[2][name] if name in inside else first[name]), name
+
+
+def test_loaded_adapters_equal_the_written_one(experiment):
+    base = load_base(experiment.base)
+    adapters = [read_adapter(experiment.training_of(name) / "policy") for name in "ea"]
+    alone = PeftModel.from_pretrained(load_base(experiment.base).model, str(adapters[0].path)).eval()
+    inputs = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = alone(inputs).logits
+        loaded = loaded_adapters(base.model, adapters)
+        loaded.apply(lambda name: Fusion("linear", (1.0, 0.0)))
+        torch.testing.assert_close(loaded.model(inputs).logits, expected, atol=1e-4, rtol=1e-4)
