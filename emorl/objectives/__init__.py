@@ -13,12 +13,14 @@ An objective is called as `objective(prompts=…, completions=…, **columns)` a
 | length | 1 inside a range of words, falling to 0 outside | [0, 1] |
 | repetition | 1 - share of word trigrams that repeat an earlier one | [0, 1] |
 | distinct_2 | distinct word bigrams / word bigrams | [0, 1] |
+| multiple_choice | 1 where the letter that the completion settles on is the data's answer, else 0 | [0, 1] |
 | judge | score, or preference over a reference, by a rubric in words under a chat model, at an endpoint or local | [0, 1] |
 """
 
 from emorl.objectives.classifier import Classifier
 from emorl.objectives.judge import Judge
 from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.multiple_choice import MultipleChoice
 from emorl.objectives.similarity import Specificity
 from emorl.objectives.text import Distinct2, Length, Repetition
 
@@ -29,5 +31,6 @@ REGISTRY = {
     "length": Length,
     "repetition": Repetition,
     "distinct_2": Distinct2,
+    "multiple_choice": MultipleChoice,
     "judge": Judge,
 }
