@@ -290,6 +290,12 @@ class Experiment:
             raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
         for where, preferences in (("train", self.train.preferences), *(("compare", one) for one in self.compare.preferences)):
             _check_preferences(where, preferences, list(self.objectives))
+        if self.fuse.strata is not None and (
+            self.search.scalarize not in ("mean", "weighted") or self.generation.get("do_sample") or self.search.samples > 1
+        ):
+            raise ValueError(
+                "fuse.strata compares candidates prompt by prompt: decode greedily, and scalarize by mean or weighted"
+            )
         if self.search.race is not None and self.search.scalarize == "chebyshev":
             raise ValueError("search.race: chebyshev has no value before all policies are evaluated; use another scalarize")
 

@@ -40,6 +40,26 @@ class QLearningConfig:
 
 
 @dataclass(frozen=True, config=_strict, kw_only=True)
+class StrataConfig:
+    column: str
+    """of the data: each prompt's stratum, such as its subject or topic"""
+    weights: Literal["share", "equal"] | dict[str, float] = "share"
+    """of the strata, fixed: their shares of the prompts, all equal, or by name"""
+    anchor: float = Field(default=0.2, gt=0, lt=1)
+    """share of every stratum's validation prompts that all candidates answer"""
+    adaptive: float = Field(default=0.5, gt=0, lt=1)
+    """share of which a controller uses more or fewer; the rest is the holdout, which only what was found answers"""
+    total: int | None = Field(default=None, ge=1)
+    """adaptive prompts that a candidate answers; half of them by default"""
+    floor: int = Field(default=1, ge=1)
+    """least of them of every stratum"""
+    by: Literal["deviation", "weakness"] = "deviation"
+    """where prompts go: to strata whose scores vary (Neyman), or are low"""
+    every: int = Field(default=10, ge=1)
+    """candidates between moves"""
+
+
+@dataclass(frozen=True, config=_strict, kw_only=True)
 class PolicyFuseConfig(FuseConfig):
     rank: int | None = Field(default=None, ge=1)
     """of the fused adapter, at most; by default nothing is cut off (ties, dare: the sum of the ranks)"""
@@ -58,6 +78,9 @@ class PolicyFuseConfig(FuseConfig):
     """of the weights (paper: 0.05)"""
     q_learning: QLearningConfig = Field(default_factory=QLearningConfig)
     """of q_learning"""
+    strata: StrataConfig | None = None
+    """adjusts the evaluation set to the search's results, with estimates that stay unbiased; by default every candidate answers
+    all validation prompts"""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.energy is not None:

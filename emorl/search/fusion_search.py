@@ -11,6 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+
 from emorl.config import UserError, as_mapping, nearest
 from emorl.data import load_prompts
 from emorl.evaluation.memo import ScoreMemo
@@ -20,12 +24,14 @@ from emorl.fusion.adapters import fuse_adapters
 from emorl.fusion.loaded import LoadedFusion, loaded_adapters
 from emorl.fusion.operators import Fusion, check_fusion
 from emorl.objectives.loading import check_objectives, load_objective
+from emorl.objectives.scalarize import importance_of
 from emorl.policies.adapters import read_adapter
 from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import open_run, read_json, write_json, written_whole
 from emorl.search.fusion_space import FusionSpace
+from emorl.search.moving_set import MovingSet
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
 from emorl.search.q_learning import QLearning, QSettings
 from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Valuation, finished_trials, open_study
@@ -57,9 +63,8 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
         return run.path
     result: dict[str, Any] = {"method": given.method, "weights": dict(zip(adapters, given.weights, strict=True))}
     if experiment.fuse.proposer is not None:
-        finished, value = _searched(experiment, adapters, space, run.path, progress)
+        finished, result, given = _searched(experiment, adapters, space, run.path, progress)
         run = run.with_cost(total_cost(finished))
-        result, given = _found(experiment, space, finished, value, run.path)
     policy = run.path / POLICY_DIRECTORY
     if not policy.exists():
         read = [read_adapter(path, experiment.search.adapter_scale) for path in adapters.values()]
@@ -108,7 +113,7 @@ def _space(experiment: Experiment, names: Sequence[str]) -> FusionSpace:
 
 def _searched(
     experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace, path: Path, progress: Progress
-) -> tuple[list[Finished], Valuation]:
+) -> tuple[list[Finished], dict[str, Any], Fusion]:
     config = experiment.fuse
     value = valuation(experiment, space.corners()[: len(space.models)])
     study = open_study(path / "journal.log", list(experiment.objectives), "fusion")
@@ -118,6 +123,7 @@ def _searched(
         progress.say(f"fuse: continues behind {len(known)} candidates in {path}")
     with ScoreMemo(path / "scores.sqlite") as memo, progress.bar("search fusion", config.trials, done=len(known)) as bar:
         evaluator = FusionEvaluator.load(experiment, adapters, space, memo)
+        evaluator.remember(known)
         seen = len(known)
 
         def on_finished(finished: Sequence[Finished]) -> None:
@@ -127,21 +133,26 @@ def _searched(
 
         finished = run_search(
             study,
-            _proposer(experiment, space, value),
+            _proposer(experiment, space, value, evaluator.moving_set),
             evaluator,
             space.distributions,
             budget=Budget(trials=config.trials),
             on_finished=on_finished,
         )
-    return finished, value
+        result, fusion = _found(experiment, space, finished, value, path)
+        if evaluator.moving_set is not None:
+            result["holdout"] = evaluator.holdout_scores(fusion)
+    return finished, result, fusion
 
 
-def _proposer(experiment: Experiment, space: FusionSpace, value: Valuation) -> Proposer:
+def _proposer(experiment: Experiment, space: FusionSpace, value: Valuation, moving_set: MovingSet | None) -> Proposer:
     config = experiment.fuse
     if config.proposer == Q_LEARNING:
         q = config.q_learning
         settings = QSettings(q.alpha, q.gamma, (q.epsilon_start, q.epsilon_end), q.exploration, q.learning_rate)
-        return QLearning(space, value, config.trials, experiment.seed, settings)
+        importance = importance_of(list(experiment.objectives), experiment.search.preferences)
+        gain = None if moving_set is None else moving_set.gain(importance)
+        return QLearning(space, value, config.trials, experiment.seed, settings, gain)
     assert config.proposer is not None
     return OptunaProposer(config.proposer, space, len(experiment.objectives), value, experiment.seed)
 
@@ -170,15 +181,18 @@ def _found(
 
 
 class FusionEvaluator:
-    """Some candidates -> their scores on the validation prompts; notes hold the standard errors and the cost."""
+    """Some candidates -> their scores on the validation prompts, or on those of `moving_set`; notes hold the standard errors
+    and the cost."""
 
     def __init__(
-        self, loaded: LoadedFusion, base: Base, experiment: Experiment, space: FusionSpace, data: Any, memo: ScoreMemo
+        self, loaded: LoadedFusion, base: Base, experiment: Experiment, space: FusionSpace, data: Dataset, memo: ScoreMemo
     ) -> None:
         self._loaded, self._base, self._experiment, self._space = loaded, base, experiment, space
         self._data, self._memo = data, memo
         self._objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
         self._generation = {**experiment.generation, **experiment.search.generation}
+        strata = experiment.fuse.strata
+        self.moving_set = None if strata is None else MovingSet(data, strata, experiment.seed)
 
     @classmethod
     def load(
@@ -193,27 +207,51 @@ class FusionEvaluator:
         loaded = loaded_adapters(base.model, list(policies.values()), experiment.seed)
         return cls(loaded, base, experiment, space, splits.validation, memo)
 
+    def remember(self, finished: Sequence[Finished]) -> None:
+        """Takes in the trials of earlier runs."""
+        if self.moving_set is not None:
+            self.moving_set.remember(finished)
+
     def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
         return [self._scored(candidate) for candidate in candidates]
 
     def _scored(self, candidate: Params) -> Scored:
-        start = time.perf_counter()
-        fusion = self._space.fusion(candidate)
+        start, names = time.perf_counter(), self._names
+        rows = list(range(len(self._data))) if self.moving_set is None else self.moving_set.items
+        table = self._answered(self._space.fusion(candidate), rows)
+        by_item = table.groupby("prompt_index")[names].mean().to_numpy()  # (n, O)
+        for name, known in zip(names, (~np.isnan(by_item)).any(0), strict=True):
+            if not known:
+                raise UserError(f"objective {name!r} returned None for every prompt; a search needs scores")
+        notes: dict[str, Any] = {"cost": asdict(cost_of(table, len(names), time.perf_counter() - start))}
+        if self.moving_set is None:
+            means, errors = mean_and_error(table, names)
+        else:
+            found, noted = self.moving_set.record(by_item)
+            means, errors, notes = found.score.tolist(), found.error.tolist(), {**notes, **noted}
+        return Scored(tuple(means), {"errors": errors, **notes})
+
+    def holdout_scores(self, fusion: Fusion) -> dict[str, float]:
+        """Objective -> score on the prompts that no candidate answered."""
+        assert self.moving_set is not None
+        by_item = self._answered(fusion, self.moving_set.holdout).groupby("prompt_index")[self._names].mean().to_numpy()
+        return dict(zip(self._names, self.moving_set.on_holdout(by_item).score.tolist(), strict=True))
+
+    @property
+    def _names(self) -> list[str]:
+        return [objective.name for objective in self._objectives]
+
+    def _answered(self, fusion: Fusion, rows: Sequence[int]) -> pd.DataFrame:
+        """Scored completions of some rows of the data."""
         self._loaded.apply(lambda name: fusion)
-        search, prompts = self._experiment.search, list(self._data["prompt"])
+        prompts = list(self._data["prompt"])
         completions = generate(
             self._loaded.model,
             self._base.tokenizer,
-            prompts,
+            [prompts[row] for row in rows],
             self._generation,
-            samples=search.samples,
+            samples=self._experiment.search.samples,
             seed=self._experiment.seed,
         )
-        names = [objective.name for objective in self._objectives]
-        table = score(completions, self._data, self._objectives, self._memo)
-        means, errors = mean_and_error(table, names)
-        missing = [name for name, mean in zip(names, means, strict=True) if mean != mean]
-        if missing:
-            raise UserError(f"objective {missing[0]!r} returned None for every prompt; a search needs scores")
-        cost = cost_of(table, len(names), time.perf_counter() - start)
-        return Scored(tuple(means), {"errors": errors, "cost": asdict(cost)})
+        completions["prompt_index"] = completions["prompt_index"].map(dict(enumerate(rows)))
+        return score(completions, self._data, self._objectives, self._memo)

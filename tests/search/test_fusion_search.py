@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,26 +15,30 @@ from emorl.config import UserError, to_yaml
 from emorl.data import load_prompts
 from emorl.evaluation.scoring import evaluate
 from emorl.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig
-from emorl.fuse_experiment import PolicyFuseConfig
+from emorl.fuse_experiment import PolicyFuseConfig, StrataConfig
 from emorl.fusion.loaded import loaded_adapters, loaded_models
 from emorl.fusion.operators import OPERATORS, Fusion
 from emorl.objectives.loading import load_objective
 from emorl.policies.adapters import read_adapter
 from emorl.policies.loading import load_base
+from emorl.search import fusion_search
 from emorl.search.fusion_search import fuse_policies, read_fusion
+from emorl.search.study import finished_trials, open_study
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def share(letter):
+def share(letters):
     def function(prompts, completions, **columns):
         texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-        return [text.count(letter) / max(1, len(text)) for text in texts]
+        topics = columns.get("topic", ["b"] * len(texts))
+        found = [sum(map(text.count, letters)) / max(1, len(text)) for text in texts]
+        return [0.0 if topic == "a" else own for own, topic in zip(found, topics, strict=True)]
 
     return function
 
 
-e_share, a_share = share("e"), share("a")
+e_share, a_share = share("abcdefghijklm"), share("\\]^_`{|}~nopqr")
 
 
 @pytest.fixture
@@ -84,6 +89,50 @@ def test_an_interrupted_search_goes_on_and_a_finished_one_is_left(experiment):
     assert read_fusion(other) == read_fusion(few)
     with pytest.raises(UserError, match="other settings"):
         fuse_policies(with_fuse(experiment, proposer="random", trials=5))
+
+
+def test_a_moving_evaluation_set_is_resumed_and_reports_its_holdout(experiment, monkeypatch):
+    data = Path(experiment.data.path)
+    rows = [json.loads(line) for line in data.read_text().splitlines()] * 3
+    lines = [{"prompt": f"{row['prompt']} {number}", "topic": "ab"[number % 2]} for number, row in enumerate(rows)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strata = StrataConfig(column="topic", anchor=0.2, adaptive=0.5, every=3, floor=1)
+    moving = with_fuse(
+        replace(experiment, data=replace(experiment.data, validation=30, test=2)),
+        proposer="q_learning",
+        trials=12,
+        strata=strata,
+    )
+    run = fuse_policies(moving)
+    study = open_study(run / "journal.log", ["e", "a"], "fusion")
+    sets = [trial.notes["set"] for trial in finished_trials(study)]
+    assert sets[0]["version"] == 0
+    assert sets[-1]["version"] > 0
+    assert len({sum(one["counts"]) for one in sets}) == 1
+    assert read_fusion(moving)["holdout"].keys() == {"e", "a"}
+
+    stopped = replace(moving, output=moving.output.parent / "stopped", policies=moving.output)
+    answered, calls = fusion_search.FusionEvaluator._answered, []
+
+    def interrupted(self, fusion, rows):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return answered(self, fusion, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fusion_search.FusionEvaluator, "_answered", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fuse_policies(stopped)
+    fuse_policies(stopped)
+    pd.testing.assert_frame_equal(*[
+        pd.read_csv(one.output / "fuse" / "trials.csv").drop(columns=["trial", "seconds"]) for one in (moving, stopped)
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"fuse.strata.column 'topc' is no column of the data; did you mean 'topic'"):
+        fuse_policies(with_fuse(replace(moving, output=moving.output.parent / "x", policies=moving.output), proposer="random",
+                                strata=StrataConfig(column="topc")))  # fmt: skip
+    with pytest.raises(ValueError, match="decode greedily"):
+        replace(moving, generation={"do_sample": True})
 
 
 def test_given_settings_by_the_command_line(experiment, capsys, tmp_path):
