@@ -96,7 +96,7 @@ class Space(Protocol):
         """Candidates that every search begins with."""
         ...
 
-    def vector(self, params: Params) -> list[float]:
+    def vector(self, params: Params) -> Sequence[float]:
         """Numbers that tell candidates apart."""
         ...
 
