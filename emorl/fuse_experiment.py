@@ -66,12 +66,13 @@ class PolicyFuseConfig(FuseConfig):
     energy: float | None = Field(default=None, gt=0, le=1)
     """instead: the share of every module's squared norm that is kept"""
     proposer: str | None = None
-    """searches weights, method and scale on the validation prompts: q_learning (RL-Fusion), or an Optuna sampler: tpe, gp,
-    cma_es, qmc, random, nsga2; by default method, weights and settings are used as given"""
+    """searches on the validation prompts: weights, method and scale by q_learning (RL-Fusion) or an Optuna sampler (tpe, gp,
+    cma_es, qmc, random, nsga2); the policy or merge that counts in each layer by reinforced_merging (RMM; extra `rl`) or
+    coordinate_descent. By default method, weights and settings are used as given"""
     trials: int = Field(default=60, ge=1)
     """candidates the search evaluates"""
     methods: list[str] = Field(default_factory=lambda: ["slerp", "ties"], min_length=1)
-    """that the search switches between (paper: slerp and ties)"""
+    """that the search switches between (paper: slerp and ties); for layers, the merges beside the policies"""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [0.5, 1.0, 2.0], min_length=1)
     """that it tries, for methods that have a scale"""
     step: float = Field(default=0.05, gt=0, le=0.5)

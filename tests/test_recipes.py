@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from emorl.cli import main
 from emorl.experiment import load_experiment
 from emorl.reward_experiment import load_refresh_experiment
+from recipes.rl_fusion.compare import main as compare_fusions
+from recipes.rmm.search import main as search_plans
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -62,6 +65,33 @@ def test_the_papers_recipe_compares_for_two_steps_on_two_cores(tmp_path, tiny_se
     assert list(json.loads((tmp_path / "compare" / "result.json").read_text())["methods"]) == [
         "base", "policies alone", "ensemble", "soups", "scaled_soups", "gdpo"
     ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_rl_fusion_compares_a_few_candidates(tmp_path, tiny_base_dir, make_causal_model, write_adapter, capsys):
+    """On random policies; the real ones come from `emorl compare`."""
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "\n".join(f"say {i}" for i in range(12)))
+    for seed, name in enumerate(("short", "varied")):
+        write_adapter(make_causal_model("llama"), tmp_path / "seed-0" / "train" / name / "policy", seed=seed)
+    short = [f"base.model={tiny_base_dir}", "objectives={short: length, varied: distinct_2}", f"output={tmp_path / 'out'}",
+             f"data={{path: {tmp_path / 'prompts.csv'}, validation: 2, test: 2}}", "fuse.trials=5",
+             "generation.max_new_tokens=4"]  # fmt: skip
+    compare_fusions(["recipes/rl_fusion/experiment.yaml", *short, "--seeds", "0", "--policies", f"{tmp_path}/seed-{{seed}}"])
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert dict(zip(table["method"], table["evaluations"], strict=True)) == {
+        "q_learning": 5, "random": 5, "tpe": 5, "cma_es": 5, "equal linear": 0, "equal slerp": 0, "equal ties": 0
+    }  # fmt: skip
+    assert "q_learning" in capsys.readouterr().out
+
+
+def test_reinforced_merging_of_classifiers_tries_a_few_plans(tmp_path, capsys):
+    search_plans(
+        ["vision", "--seeds", "0", "--episodes", "8", "--steps", "2", "--shares", "1.0", "0.1", "--output", str(tmp_path)]
+    )
+    table = pd.read_csv(tmp_path / "vision.csv")
+    found = table.groupby("search")["examples"].max()
+    assert {"rmm 100%", "rmm 10%", "rmm 10%, DAR", "random", "tpe", "cma_es", "coordinate descent"} <= set(found.index)
+    assert "rmm 10%" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

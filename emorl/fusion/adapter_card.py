@@ -26,8 +26,8 @@ give the same again.
 
 *Retained* is the share of the fused delta's squared Frobenius norm that is left at the rank written: {total:.6f} in all.
 
-| module | rank | retained |
-|---|---|---|
+| module | fusion | rank | retained |
+|---|---|---|---|
 {modules}
 """
 
@@ -39,8 +39,9 @@ def adapter_card(
     rank: int | None,
     energy: float | None,
     seed: int,
+    by_module: Mapping[str, Fusion],
 ) -> str:
-    """The text of README.md."""
+    """The text of README.md; `by_module` are the modules with a fusion of their own."""
     front_matter = {"library_name": "peft", "tags": ["emorl", "lora", "merge", fusion.method]}
     if adapters[0].base_name:
         front_matter["base_model"] = adapters[0].base_name
@@ -66,8 +67,15 @@ def adapter_card(
         ),
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None),
         total=_kept_in_all(modules),
-        modules="\n".join(f"| {name} | {one.a.shape[1]} | {one.kept_energy:.6f} |" for name, one in modules.items()),
+        modules="\n".join(
+            f"| {name} | {_described(by_module.get(name))} | {one.a.shape[1]} | {one.kept_energy:.6f} |"
+            for name, one in modules.items()
+        ),
     )
+
+
+def _described(own: Fusion | None) -> str:
+    return "as above" if own is None else f"{own.method} {', '.join(f'{weight:g}' for weight in own.weights)}"
 
 
 def _kept_in_all(modules: Mapping[str, LowRank]) -> float:

@@ -59,6 +59,7 @@ def fuse_adapters(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
+    by_module: Mapping[str, Fusion] | None = None,
 ) -> Path:
     """Write the PEFT LoRA adapter of the fused deltas; returns its directory. Its README.md says how it was made and what
     was lost.
@@ -73,26 +74,31 @@ def fuse_adapters(
             whose results have full rank, the sum of the adapters' ranks, the size of their concatenation.
         energy: instead of a rank: each module keeps at least this share of its squared Frobenius norm.
         seed: of DARE's random masks; they are those of a fusion of the whole models.
+        by_module: module -> its own fusion, instead of `fusion`.
 
     Raises:
         UserError: unknown method, setting out of range, adapters that do not go together, or `output_dir` is not empty.
     """
-    check_fusion(fusion, len(adapters), has_base=True)
+    own = by_module or {}
     check_truncation(rank, energy)
-    if fusion.settings.get("space", "task_vectors") != "task_vectors":
-        raise UserError("slerp of adapters is between their deltas: set `space` to task_vectors or leave it out")
-    _unit_vectors_fused(fusion)  # refuses what the method itself refuses, before anything is read
+    for one in (fusion, *own.values()):
+        check_fusion(one, len(adapters), has_base=True)
+        if one.settings.get("space", "task_vectors") != "task_vectors":
+            raise UserError("slerp of adapters is between their deltas: set `space` to task_vectors or leave it out")
+        _unit_vectors_fused(one)  # refuses what the method itself refuses, before anything is read
     fingerprint = _common_fingerprint(adapters)
     output = Path(output_dir)
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; give another output, or move it away")
     with written_whole_directory(output) as partial:
-        modules = {name: _fused_module(name, adapters, fusion, rank, energy, seed) for name in _module_names(adapters)}
+        modules = {
+            name: _fused_module(name, adapters, own.get(name, fusion), rank, energy, seed) for name in _module_names(adapters)
+        }
         fused = {name: module for name, module in modules.items() if module is not None}
         if not fused:
             raise UserError(f"{fusion.method} with the weights {list(fusion.weights)} leaves nothing of these adapters")
         _write(partial, {name: (module.a, module.b) for name, module in fused.items()}, adapters[0], fingerprint)
-        write_text(partial / "README.md", adapter_card(adapters, fusion, fused, rank, energy, seed))
+        write_text(partial / "README.md", adapter_card(adapters, fusion, fused, rank, energy, seed, own))
     return output
 
 

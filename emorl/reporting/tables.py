@@ -46,9 +46,12 @@ def print_front(result: Mapping[str, Any]) -> None:
 
 def fusion_lines(result: Mapping[str, Any]) -> list[str]:
     """A fusion's `result.json` in words."""
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in result["weights"].items())
-    settings = "".join(f", {name} {value}" for name, value in result.get("settings", {}).items())
-    lines = [f"{result['method']} of {weights}{settings}"]
+    if "layers" in result:
+        lines = [f"{layer}: {column}" for layer, column in result["layers"].items()]
+    else:
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in result["weights"].items())
+        settings = "".join(f", {name} {value}" for name, value in result.get("settings", {}).items())
+        lines = [f"{result['method']} of {weights}{settings}"]
     if "scores" in result:
         scores = ", ".join(f"{name} {score:.3f}" for name, score in result["scores"].items())
         lines += [

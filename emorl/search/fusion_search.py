@@ -1,12 +1,14 @@
 """Fusion stage: the trained policies become one policy (`emorl fuse experiment.yaml`), with given settings or searched ones.
 
-RL-Fusion (Appl. Sci. 2025, 15(4), 2186) by default where settings are searched; Optuna's samplers are its rivals on the same
-space. Candidates are fused in memory, into the loaded base; every one answers the same validation prompts. The search's best
-score is a maximum over noisy estimates: judge the policy on other prompts.
+Searched are settings for the whole model (RL-Fusion's Q-learning, Appl. Sci. 2025, 15(4), 2186, or Optuna's samplers), or what
+counts in each layer (RMM's PPO, arXiv 2503.21272, or coordinate descent). Candidates are fused in memory, into the loaded base,
+and only where they differ from the last one; every one answers the same validation prompts. The search's best score is a
+maximum over noisy estimates: judge the policy on other prompts.
 """
 
+import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,14 @@ from emorl.fusion.loaded import LoadedFusion, loaded_adapters
 from emorl.fusion.operators import Fusion, check_fusion
 from emorl.objectives.loading import check_objectives, load_objective
 from emorl.objectives.scalarize import importance_of
-from emorl.policies.adapters import read_adapter
+from emorl.policies.adapters import Adapter, read_adapter
 from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import open_run, read_json, write_json, written_whole
+from emorl.search.coordinate_descent import CoordinateDescent
 from emorl.search.fusion_space import FusionSpace
+from emorl.search.layer_space import LayerSpace
 from emorl.search.moving_set import MovingSet
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
 from emorl.search.q_learning import QLearning, QSettings
@@ -40,7 +44,11 @@ from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_search import check_mode
 from emorl.training.policy import POLICY_DIRECTORY, policy_directories, training_settings
 
-Q_LEARNING = "q_learning"
+Q_LEARNING, REINFORCED_MERGING, COORDINATE_DESCENT = "q_learning", "reinforced_merging", "coordinate_descent"
+_OVER_LAYERS = (REINFORCED_MERGING, COORDINATE_DESCENT)
+
+FusionOf = Callable[[str], Fusion]
+"""A module's name -> what is done to it."""
 
 
 def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> Path:
@@ -54,25 +62,44 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
     """
     progress = progress or Silent()
     check_mode(experiment)
-    adapters = policy_directories(experiment)
-    space = _space(experiment, list(adapters))
-    given = _given(experiment, list(adapters))
+    directories = policy_directories(experiment)
+    _check_proposer(experiment, len(directories))
+    given = _given(experiment, list(directories))
     run = open_run(experiment.output / "fuse", "fuse", _identity(experiment))
     if run.finished:
         progress.say(f"fuse: finished before, in {run.path}")
         return run.path
-    result: dict[str, Any] = {"method": given.method, "weights": dict(zip(adapters, given.weights, strict=True))}
-    if experiment.fuse.proposer is not None:
-        finished, result, given = _searched(experiment, adapters, space, run.path, progress)
+    adapters = [read_adapter(path, experiment.search.adapter_scale) for path in directories.values()]
+    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
+    if experiment.fuse.proposer is None:
+        result: dict[str, Any] = {"method": given.method, "weights": dict(zip(directories, given.weights, strict=True))}
+        fusions = dict.fromkeys(modules, given)
+    else:
+        space = _space(experiment, list(directories), modules)
+        finished, result, fusion_of = _searched(experiment, directories, space, run.path, progress)
         run = run.with_cost(total_cost(finished))
+        fusions = {name: fusion_of(name) for name in modules}
     policy = run.path / POLICY_DIRECTORY
     if not policy.exists():
-        read = [read_adapter(path, experiment.search.adapter_scale) for path in adapters.values()]
-        fuse_adapters(read, given, policy, rank=experiment.fuse.rank, energy=experiment.fuse.energy, seed=experiment.seed)
+        _write(adapters, fusions, policy, experiment)
     write_json(run.path / "result.json", result)
-    progress.say(f"fuse: {given.method} of {', '.join(adapters)} in {policy}")
+    progress.say(f"fuse: the policies {', '.join(directories)} are one in {policy}")
     run.finish()
     return run.path
+
+
+def _write(adapters: Sequence[Adapter], fusions: Mapping[str, Fusion], policy: Path, experiment: Experiment) -> None:
+    first = next(iter(fusions.values()))
+    differ = any(fusion != first for fusion in fusions.values())
+    fuse_adapters(
+        adapters,
+        first,
+        policy,
+        rank=experiment.fuse.rank,
+        energy=experiment.fuse.energy,
+        seed=experiment.seed,
+        by_module=fusions if differ else None,
+    )
 
 
 def read_fusion(experiment: Experiment) -> dict[str, Any]:
@@ -101,24 +128,31 @@ def _given(experiment: Experiment, names: Sequence[str]) -> Fusion:
     return fusion
 
 
-def _space(experiment: Experiment, names: Sequence[str]) -> FusionSpace:
-    config = experiment.fuse
-    proposers = [Q_LEARNING, *SAMPLERS]
-    if config.proposer is not None and config.proposer not in proposers:
+def _check_proposer(experiment: Experiment, policies: int) -> None:
+    config, proposers = experiment.fuse, [Q_LEARNING, *_OVER_LAYERS, *SAMPLERS]
+    if config.proposer is None:
+        return
+    if config.proposer not in proposers:
         raise UserError(f"fuse.proposer: no proposer is called {config.proposer!r}; {nearest(config.proposer, proposers)}")
-    for method in config.methods if config.proposer is not None else ():
-        check_fusion(Fusion(method, (1.0,) * len(names)), len(names), has_base=True)
+    for method in config.methods:
+        check_fusion(Fusion(method, (1.0,) * policies), policies, has_base=True)
+
+
+def _space(experiment: Experiment, names: Sequence[str], modules: Sequence[str]) -> FusionSpace | LayerSpace:
+    config = experiment.fuse
+    if config.proposer in _OVER_LAYERS:
+        return LayerSpace(tuple(names), tuple(config.methods), tuple(modules))
     return FusionSpace(tuple(names), tuple(config.methods), tuple(config.scales), config.step, config.settings)
 
 
 def _searched(
-    experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace, path: Path, progress: Progress
-) -> tuple[list[Finished], dict[str, Any], Fusion]:
+    experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace | LayerSpace, path: Path, progress: Progress
+) -> tuple[list[Finished], dict[str, Any], FusionOf]:
     config = experiment.fuse
-    value = valuation(experiment, space.corners()[: len(space.models)])
+    value = valuation(experiment, space.corners()[: len(adapters)])
     study = open_study(path / "journal.log", list(experiment.objectives), "fusion")
     known = finished_trials(study)
-    progress.say(f"fuse: {config.proposer} over {', '.join(config.methods)} of {', '.join(space.models)}")
+    progress.say(f"fuse: {config.proposer} over {', '.join(config.methods)} of {', '.join(adapters)}")
     if known:
         progress.say(f"fuse: continues behind {len(known)} candidates in {path}")
     with ScoreMemo(path / "scores.sqlite") as memo, progress.bar("search fusion", config.trials, done=len(known)) as bar:
@@ -139,45 +173,44 @@ def _searched(
             budget=Budget(trials=config.trials),
             on_finished=on_finished,
         )
-        result, fusion = _found(experiment, space, finished, value, path)
+        values = value(finished)
+        best, trial = max(zip(values, finished, strict=True), key=lambda pair: pair[0])
+        result = {
+            **space.describe(trial.params),
+            "proposer": config.proposer,
+            "prompts": "validation",
+            "scores": dict(zip(experiment.objectives, trial.scores, strict=True)),
+            "value": best,
+            "trials": len(finished),
+        }
+        fusion_of = space.fusion_of(trial.params)
         if evaluator.moving_set is not None:
-            result["holdout"] = evaluator.holdout_scores(fusion)
-    return finished, result, fusion
+            result["holdout"] = evaluator.holdout_scores(fusion_of)
+    with written_whole(path / "trials.csv") as temporary:
+        trials_table(finished, list(experiment.objectives), values).to_csv(temporary, index=False)
+    return finished, result, fusion_of
 
 
-def _proposer(experiment: Experiment, space: FusionSpace, value: Valuation, moving_set: MovingSet | None) -> Proposer:
+def _proposer(
+    experiment: Experiment, space: FusionSpace | LayerSpace, value: Valuation, moving_set: MovingSet | None
+) -> Proposer:
     config = experiment.fuse
+    assert config.proposer is not None
+    if isinstance(space, LayerSpace):
+        if config.proposer == COORDINATE_DESCENT:
+            return CoordinateDescent(space.merging, value)
+        try:
+            merging = importlib.import_module("emorl.search.reinforced_merging")  # needs the extra `rl`
+        except ModuleNotFoundError as error:
+            raise UserError(f"reinforced_merging needs {error.name}: pip install 'emorl[rl]'") from None
+        return merging.ReinforcedMerging(space.merging, value, experiment.seed, merging.PPOSettings(episodes=config.trials))
     if config.proposer == Q_LEARNING:
         q = config.q_learning
         settings = QSettings(q.alpha, q.gamma, (q.epsilon_start, q.epsilon_end), q.exploration, q.learning_rate)
         importance = importance_of(list(experiment.objectives), experiment.search.preferences)
         gain = None if moving_set is None else moving_set.gain(importance)
         return QLearning(space, value, config.trials, experiment.seed, settings, gain)
-    assert config.proposer is not None
     return OptunaProposer(config.proposer, space, len(experiment.objectives), value, experiment.seed)
-
-
-def _found(
-    experiment: Experiment, space: FusionSpace, finished: Sequence[Finished], value: Valuation, path: Path
-) -> tuple[dict[str, Any], Fusion]:
-    """What the search found, and the fusion it means; the table of all candidates is written."""
-    values = value(finished)
-    table = trials_table(finished, list(experiment.objectives), values)
-    with written_whole(path / "trials.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    best, trial = max(zip(values, finished, strict=True), key=lambda pair: pair[0])
-    fusion = space.fusion(trial.params)
-    result = {
-        "method": fusion.method,
-        "weights": dict(zip(space.models, fusion.weights, strict=True)),
-        "settings": dict(fusion.settings),
-        "proposer": experiment.fuse.proposer,
-        "prompts": "validation",
-        "scores": dict(zip(experiment.objectives, trial.scores, strict=True)),
-        "value": best,
-        "trials": len(finished),
-    }
-    return result, fusion
 
 
 class FusionEvaluator:
@@ -185,7 +218,13 @@ class FusionEvaluator:
     and the cost."""
 
     def __init__(
-        self, loaded: LoadedFusion, base: Base, experiment: Experiment, space: FusionSpace, data: Dataset, memo: ScoreMemo
+        self,
+        loaded: LoadedFusion,
+        base: Base,
+        experiment: Experiment,
+        space: FusionSpace | LayerSpace,
+        data: Dataset,
+        memo: ScoreMemo,
     ) -> None:
         self._loaded, self._base, self._experiment, self._space = loaded, base, experiment, space
         self._data, self._memo = data, memo
@@ -196,7 +235,7 @@ class FusionEvaluator:
 
     @classmethod
     def load(
-        cls, experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace, memo: ScoreMemo
+        cls, experiment: Experiment, adapters: Mapping[str, Path], space: FusionSpace | LayerSpace, memo: ScoreMemo
     ) -> "FusionEvaluator":
         """Loads prompts, objectives, base and policies."""
         check_generation({**experiment.generation, **experiment.search.generation})
@@ -218,7 +257,7 @@ class FusionEvaluator:
     def _scored(self, candidate: Params) -> Scored:
         start, names = time.perf_counter(), self._names
         rows = list(range(len(self._data))) if self.moving_set is None else self.moving_set.items
-        table = self._answered(self._space.fusion(candidate), rows)
+        table = self._answered(self._space.fusion_of(candidate), rows)
         by_item = table.groupby("prompt_index")[names].mean().to_numpy()  # (n, O)
         for name, known in zip(names, (~np.isnan(by_item)).any(0), strict=True):
             if not known:
@@ -231,19 +270,19 @@ class FusionEvaluator:
             means, errors, notes = found.score.tolist(), found.error.tolist(), {**notes, **noted}
         return Scored(tuple(means), {"errors": errors, **notes})
 
-    def holdout_scores(self, fusion: Fusion) -> dict[str, float]:
+    def holdout_scores(self, fusion_of: FusionOf) -> dict[str, float]:
         """Objective -> score on the prompts that no candidate answered."""
         assert self.moving_set is not None
-        by_item = self._answered(fusion, self.moving_set.holdout).groupby("prompt_index")[self._names].mean().to_numpy()
+        by_item = self._answered(fusion_of, self.moving_set.holdout).groupby("prompt_index")[self._names].mean().to_numpy()
         return dict(zip(self._names, self.moving_set.on_holdout(by_item).score.tolist(), strict=True))
 
     @property
     def _names(self) -> list[str]:
         return [objective.name for objective in self._objectives]
 
-    def _answered(self, fusion: Fusion, rows: Sequence[int]) -> pd.DataFrame:
+    def _answered(self, fusion_of: FusionOf, rows: Sequence[int]) -> pd.DataFrame:
         """Scored completions of some rows of the data."""
-        self._loaded.apply(lambda name: fusion)
+        self._loaded.apply(lambda name: fusion_of(name.removesuffix(".weight")))
         prompts = list(self._data["prompt"])
         completions = generate(
             self._loaded.model,

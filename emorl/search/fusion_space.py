@@ -2,7 +2,7 @@
 Appl. Sci. 2025, 15(4), 2186)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,12 +83,23 @@ class FusionSpace:
         return [*self.weights(params), float(self.methods.index(params[METHOD])), params[SCALE]]
 
     def fusion(self, params: Params) -> Fusion:
-        """What the candidate means."""
+        """What the candidate does to every module."""
         known = OPERATORS[params[METHOD]].settings
         settings = {name: value for name, value in self.settings.items() if name in known}
         if has_scale(params[METHOD]):
             settings[SCALE] = params[SCALE]
         return Fusion(params[METHOD], tuple(self.weights(params)), settings)
+
+    def fusion_of(self, params: Params) -> Callable[[str], Fusion]:
+        """A module's name -> what the candidate does to it: to all the same."""
+        fusion = self.fusion(params)
+        return lambda module: fusion
+
+    def describe(self, params: Params) -> dict[str, Any]:
+        """For `result.json`."""
+        fusion = self.fusion(params)
+        weights = dict(zip(self.models, fusion.weights, strict=True))
+        return {"method": fusion.method, "weights": weights, "settings": dict(fusion.settings)}
 
 
 def has_scale(method: str) -> bool:

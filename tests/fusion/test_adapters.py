@@ -279,6 +279,16 @@ def test_inner_products_follow_from_the_factors():
     torch.testing.assert_close(factor_gram(factors), flat @ flat.T)
 
 
+def test_modules_may_have_fusions_of_their_own(three, tmp_path):
+    _, adapters = three
+    whole, own = Fusion("linear", tuple(WEIGHTS)), Fusion("keep", (0.0, 0.0, 1.0))
+    name = next(iter(adapters[2].factors))
+    fused = read_adapter(fuse_adapters(adapters, whole, tmp_path / "fused", by_module={name: own}))
+    expected = {**fused_tensors(whole, adapters), name: deltas(adapters[2])[name]}
+    assert distance(deltas(fused), expected) < 1e-5
+    assert f"| {name} | keep 0, 0, 1 |" in (tmp_path / "fused" / "README.md").read_text()
+
+
 def test_the_card_names_the_recipe_and_what_was_lost(three, tmp_path):
     _, adapters = three
     fused = fuse_adapters(adapters, Fusion("dare_ties", tuple(WEIGHTS), {"density": 0.5}), tmp_path / "fused", rank=4, seed=3)
@@ -291,7 +301,7 @@ def test_the_card_names_the_recipe_and_what_was_lost(three, tmp_path):
     full = fused_tensors(Fusion("dare_ties", tuple(WEIGHTS), {"density": 0.5}), adapters, seed=3)
     shares = {name: best(delta, 4)[1] for name, delta in full.items()}
     cells = [line.strip("| ").split(" | ") for line in text.splitlines()]
-    retained = {cell[0]: float(cell[2]) for cell in cells if cell[0] in shares and cell[1] == "4"}
+    retained = {cell[0]: float(cell[3]) for cell in cells if cell[0] in shares and cell[2] == "4"}
     assert retained == pytest.approx(shares, abs=1e-5)
     energies = {name: float(delta.square().sum()) for name, delta in full.items()}
     total = sum(shares[name] * energy for name, energy in energies.items()) / sum(energies.values())

@@ -61,7 +61,7 @@ def with_fuse(experiment, **settings):
     return replace(experiment, fuse=PolicyFuseConfig(**settings))
 
 
-@pytest.mark.parametrize("proposer", ["q_learning", "random"])
+@pytest.mark.parametrize("proposer", ["q_learning", "random", "reinforced_merging", "coordinate_descent"])
 def test_what_was_searched_is_what_is_written(experiment, proposer):
     searched = with_fuse(experiment, proposer=proposer, trials=8, rank=32)
     run = fuse_policies(searched)
