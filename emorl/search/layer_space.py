@@ -41,7 +41,7 @@ class LayerSpace:
         found = dict.fromkeys(layer for module in self.modules if (layer := _layer_of(module)) is not None)
         if not found:
             raise UserError(f"no layers among the adapted modules, such as {self.modules[0]!r}: plans need layers")
-        stacks = list(dict.fromkeys(stack for stack, _ in found))
+        stacks = sorted(dict.fromkeys(stack for stack, _ in found), key=lambda stack: "decoder" in stack)
         return sorted(found, key=lambda layer: (stacks.index(layer[0]), layer[1]))
 
     @property

@@ -26,7 +26,8 @@ from emorl.runs import written_whole
 from emorl.search.fusion_search import fuse_policies, read_fusion
 from emorl.search.weight_search import silence_optuna
 
-SEARCHES = ("q_learning", "random", "tpe", "cma_es")
+SEARCHES = ("q_learning", "random", "tpe", "cma_es", "reinforced_merging", "coordinate_descent")
+"""the last two choose layer by layer"""
 MERGES = ("linear", "slerp", "ties")
 
 
@@ -72,7 +73,7 @@ def row(name: str, seed: int, experiment: Experiment) -> dict[str, float | str]:
     return {
         "method": name,
         "seed": seed,
-        "fusion": found["method"],
+        "fusion": found.get("method", "by layer"),
         "validation": found.get("value", float("nan")),
         "test_mean": test["mean"],
         **{f"test_{objective}": test[objective] for objective in objectives},
