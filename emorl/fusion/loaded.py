@@ -1,6 +1,6 @@
 """Fuses models into a loaded one, in place and in memory: how a search tries a candidate without a process or a checkpoint.
 
-Only the tensors whose fusion differs from the last one are fused again.
+Only the tensors whose fusion differs from the last one are fused again. Fusing is done on the CPU, wherever the model is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +68,7 @@ def loaded_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: i
     The base's adapted weights are copied, and the adapters' full deltas kept in float32: K + 1 times the adapted modules.
     """
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
-    starts = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().clone() for name in modules}
+    starts = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in modules}
     deltas = {f"{name}.weight": [_delta(adapter, name, starts[f"{name}.weight"]) for adapter in adapters] for name in modules}
 
     def fuse_one(name: str, fusion: Fusion) -> Tensor:

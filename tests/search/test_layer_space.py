@@ -20,7 +20,7 @@ def test_an_encoder_s_layers_come_first_and_every_family_s_are_found():
     ]  # fmt: skip
     for name in ("model.layers.3.mlp.up_proj", "transformer.h.3.attn.c_attn", "bert.encoder.layer.3.output.dense"):
         assert [number for _, number in LayerSpace(("a",), ("linear",), (name,)).layers] == [3]
-    with pytest.raises(UserError, match="no layers among the adapted modules, such as 'classifier.dense'"):
+    with pytest.raises(UserError, match=r"no layers among the adapted modules, such as 'classifier.dense'"):
         assert LayerSpace(("a",), ("linear",), ("classifier.dense",)).layers
 
 
