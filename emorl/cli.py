@@ -349,6 +349,8 @@ def _fuse(options: argparse.Namespace) -> None:
 
     output = [] if options.output is None else [f"output={options.output}"]
     overrides = [*options.overrides, *output]
+    if sum(override.startswith("output=") for override in overrides) > 1:
+        raise UserError("the output is given twice; give --output FOLDER or output=FOLDER")
     if is_experiment(read_yaml(options.file)):
         _fuse_policies(options, overrides)
         return

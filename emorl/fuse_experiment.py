@@ -7,20 +7,26 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from emorl.config import UserError, apply_overrides, nearest, parse, read_yaml
+from emorl.config import apply_overrides, nearest, parse, read_yaml
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, config=_strict, kw_only=True)
 class FuseConfig:
-    method: str = "linear"
-    """linear, task_arithmetic, slerp, ties, dare_linear, dare_ties, model_stock or keep"""
-    weights: dict[str, float] = Field(default_factory=dict)
-    """of the models, by name; equal weights by default"""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """of the method: scale, normalize, density, space (slerp: weights or task_vectors), trim (ties: tensor, or global as its
-    authors do)"""
+    # described by Field, since those who inherit show no docstrings of these
+    method: str = Field(
+        default="linear",
+        description="linear, task_arithmetic, slerp, ties, dare_linear, dare_ties, model_stock or keep (one model as it is)",
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="of the models, by name; all equal by default, else what is not named counts 0"
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of the method: normalize (linear, task_arithmetic, ties, dare_ties), scale (task_arithmetic, ties, dare), "
+        "density (ties: 0.2; dare: 0.5), space (slerp: weights, task_vectors), trim (ties: tensor, or global, its authors')",
+    )
 
 
 @dataclass(frozen=True, config=_strict)
@@ -70,11 +76,11 @@ class PolicyFuseConfig(FuseConfig):
     cma_es, qmc, random, nsga2); the policy or merge that counts in each layer by reinforced_merging (RMM; extra `rl`) or
     coordinate_descent. By default method, weights and settings are used as given"""
     trials: int = Field(default=60, ge=1)
-    """candidates the search evaluates"""
+    """candidates the search evaluates; a finished search goes on when it is run again with more"""
     methods: list[str] = Field(default_factory=lambda: ["slerp", "ties"], min_length=1)
-    """that the search switches between (paper: slerp and ties); for layers, the merges beside the policies"""
+    """that the search switches between (slerp and ties, the paper's); for layers, the merges beside the policies"""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [0.5, 1.0, 2.0], min_length=1)
-    """that it tries, for methods that have a scale"""
+    """that it tries, for methods that have a scale (0.5, 1 and 2)"""
     step: float = Field(default=0.05, gt=0, le=0.5)
     """of the weights (paper: 0.05)"""
     q_learning: QLearningConfig = Field(default_factory=QLearningConfig)
@@ -84,6 +90,7 @@ class PolicyFuseConfig(FuseConfig):
     all validation prompts"""
 
     def __post_init__(self) -> None:
+        _check_weights(self.weights)
         if self.rank is not None and self.energy is not None:
             raise ValueError("give rank or energy, not both")
         if abs(1 / self.step - round(1 / self.step)) > 1e-9:
@@ -106,6 +113,7 @@ class CheckpointsFile(FuseConfig):
     """of DARE's random entries"""
 
     def __post_init__(self) -> None:
+        _check_weights(self.weights)
         for what, names in (("weights", self.weights), ("keep", self.keep.values())):
             unknown = sorted(set(names) - set(self.models))
             if unknown:
@@ -114,6 +122,11 @@ class CheckpointsFile(FuseConfig):
     def weight_of(self, name: str) -> float:
         """Weights that are not given are 0; without any, all are equal."""
         return self.weights.get(name, 0.0) if self.weights else 1.0 / len(self.models)
+
+
+def _check_weights(weights: dict[str, float]) -> None:
+    if weights and not any(weights.values()):
+        raise ValueError(f"weights: one of them at least must not be 0, got {weights}")
 
 
 def is_experiment(content: dict[str, Any]) -> bool:
@@ -129,8 +142,4 @@ def is_mergekit(content: dict[str, Any]) -> bool:
 def load_checkpoints_file(path: Path, overrides: Sequence[str] = ()) -> CheckpointsFile | dict[str, Any]:
     """The file of `emorl fuse` with overrides applied; mergekit's as the mapping it is, with `output` added."""
     content = apply_overrides(read_yaml(path), overrides)
-    if not is_mergekit(content):
-        return parse(CheckpointsFile, content, str(path))
-    if not isinstance(content.get("output"), str):
-        raise UserError(f"{path} is mergekit's and names no output: add output=FOLDER")
-    return content
+    return content if is_mergekit(content) else parse(CheckpointsFile, content, str(path))

@@ -120,7 +120,10 @@ def _write_manifest(path: Path, stage: str, config: Mapping[str, Any], *, finish
 @contextmanager
 def only_process(path: Path) -> Iterator[None]:
     """Holds the run directory for this process; a second process is told so. Released by the kernel after a kill."""
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}); give another `output`") from None
     with (path / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

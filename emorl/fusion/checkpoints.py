@@ -1,13 +1,12 @@
 """Fuses whole checkpoints on disk, tensor by tensor, without loading a model: decoders, T5, BERT classifiers, ViT.
 
-At most one tensor of each model and the fused one are in memory. The output folder appears when it is complete, with config,
-tokenizer and generation config of the base (of the first model without a base).
+In memory are, for each thread, one tensor of each model and the fused one. The output folder appears when it is complete, with
+config, tokenizer and generation config of the base (of the first model without a base).
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from emorl.config import UserError
-from emorl.fusion.operators import Fusion, check_fusion, fuse_tensor
-from emorl.fusion.tensor_files import ShardWriter, TensorEntry, TensorReader, TensorSpec, tensor_entries
+from emorl.fusion.operators import Fusion, check_fusion, fuse_tensor, tensor_workers
+from emorl.fusion.tensor_files import ShardWriter, TensorEntry, TensorSpec, read_tensor, tensor_entries
 from emorl.progress import Progress, Silent
 from emorl.runs import written_whole_directory
 
@@ -54,6 +53,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UserError: no transformers checkpoint in safetensors, an adapter, quantised weights.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder; fetch a model of the hub by `hf download {path} --local-dir FOLDER`, name that")
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{path} is an adapter, not a whole model; policies are fused by `emorl fuse experiment.yaml`")
     if not (path / "config.json").is_file():
@@ -130,12 +131,14 @@ def fuse_checkpoints(what: CheckpointFusion, output: Path, files: Mapping[str, s
         _write_config(leading.config, what, directory)
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
-        writer = ShardWriter(directory, specs, _SHARD_SIZE)
-        with _Reader(what) as reader:
-            for planned, spec in zip(what.tensors, specs, strict=True):
-                writer.write(reader.fused(planned).to(spec.dtype))
-                bar.advance(1, planned.name)
-        writer.close()
+        with ShardWriter(directory, specs, _SHARD_SIZE) as writer, tensor_workers() as pool:
+
+            def fuse_one(planned: FusedTensor, spec: TensorSpec) -> str:
+                writer.write(spec.name, _fused(planned, what).to(spec.dtype))
+                return spec.name
+
+            for name in pool.map(fuse_one, what.tensors, specs):
+                bar.advance(1, name)
     return output
 
 
@@ -185,37 +188,22 @@ def _spec(planned: FusedTensor, what: CheckpointFusion) -> TensorSpec:
     return TensorSpec(planned.name, changed, entry.shape)
 
 
-class _Reader:
-    """Reads and fuses the tensors of a `CheckpointFusion`, one buffer for each model."""
+def _fused(planned: FusedTensor, what: CheckpointFusion) -> Tensor:
+    read = [_read(checkpoint, name) for checkpoint, name in _sources(planned, what)]
+    if planned.fusion.method == "keep":
+        return read[0]
+    if not read[0].is_floating_point():
+        if any(not torch.equal(read[0], other) for other in read[1:]):
+            raise UserError(f"{planned.name!r} holds whole numbers that differ between the models: there is no mean of them")
+        return read[0]
+    base, tensors = (None, read) if what.base is None else (read[0], read[1:])
+    return fuse_tensor(planned.fusion, tensors, base, name=planned.name, seed=what.seed)
 
-    def __init__(self, what: CheckpointFusion) -> None:
-        self._what = what
-        self._readers = {id(one): TensorReader(one.entries) for one in [*what.models, *([what.base] if what.base else [])]}
 
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for reader in self._readers.values():
-            reader.close()
-
-    def fused(self, planned: FusedTensor) -> Tensor:
-        read = [self._read(checkpoint, name) for checkpoint, name in _sources(planned, self._what)]
-        if planned.fusion.method == "keep":
-            return read[0]
-        if not read[0].is_floating_point():
-            if any(not torch.equal(read[0], other) for other in read[1:]):
-                raise UserError(
-                    f"{planned.name!r} holds whole numbers that differ between the models: there is no mean of them"
-                )
-            return read[0]
-        base, tensors = (None, read) if self._what.base is None else (read[0], read[1:])
-        return fuse_tensor(planned.fusion, tensors, base, name=planned.name, seed=self._what.seed)
-
-    def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        stored = checkpoint.holds(name)
-        assert stored is not None
-        return self._readers[id(checkpoint)].read(stored)
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    stored = checkpoint.holds(name)
+    assert stored is not None
+    return read_tensor(checkpoint.entries[stored])
 
 
 def global_thresholds(
@@ -232,24 +220,20 @@ _BINS = 1 << 15  # of the upper 16 bits of a float32 without its sign: magnitude
 def _global_threshold(model: Checkpoint, base: Checkpoint, names: Sequence[str], density: float) -> float:
     if density >= 1:
         return 0.0
-    with closing(TensorReader(model.entries)) as reader, closing(TensorReader(base.entries)) as base_reader:
 
-        def magnitudes(name: str) -> Tensor:
-            stored, base_stored = model.holds(name), base.holds(name)
-            assert stored is not None
-            assert base_stored is not None
-            delta = reader.read(stored).float() - base_reader.read(base_stored).float()
-            return delta.abs_().flatten().view(torch.int32)  # ordered like the numbers
+    def magnitudes(name: str) -> Tensor:
+        delta = _read(model, name).float() - _read(base, name).float()
+        return delta.abs_().flatten().view(torch.int32)  # ordered like the numbers
 
-        counts = torch.zeros(_BINS, dtype=torch.int64)
-        for name in names:
-            counts += torch.bincount(magnitudes(name) >> 16, minlength=_BINS)
-        kept = max(1, int(density * int(counts.sum())))
-        above = counts.flip(0).cumsum(0).flip(0)  # entries in this bin and higher ones
-        chosen = int((above >= kept).nonzero().max())
-        inside = torch.cat([found[found >> 16 == chosen] for name in names for found in [magnitudes(name)]])
-        rank = kept - int(above[chosen] - counts[chosen])  # of the threshold among these, from the largest
-        return float(inside.sort(descending=True).values[rank - 1 : rank].view(torch.float32))
+    counts = torch.zeros(_BINS, dtype=torch.int64)
+    for name in names:
+        counts += torch.bincount(magnitudes(name) >> 16, minlength=_BINS)
+    kept = max(1, int(density * int(counts.sum())))
+    above = counts.flip(0).cumsum(0).flip(0)  # entries in this bin and higher ones
+    chosen = int((above >= kept).nonzero().max())
+    inside = torch.cat([found[found >> 16 == chosen] for name in names for found in [magnitudes(name)]])
+    rank = kept - int(above[chosen] - counts[chosen])  # of the threshold among these, from the largest
+    return float(inside.sort(descending=True).values[rank - 1 : rank].view(torch.float32))
 
 
 def _copy_companions(source: Path, directory: Path) -> None:

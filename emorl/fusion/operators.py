@@ -9,6 +9,8 @@ import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from emorl.config import UserError, nearest
 
-_CHUNK = 1 << 18  # entries worked on at once: they stay in the processor's cache
+_CHUNK = 1 << 16  # entries worked on at once: they stay in the processor's cache
+_MOST_WORKERS = 4  # each holds tensors, and more gain little
 _PARALLEL = 0.9995  # |cosine| from which SLERP is linear, as in mergekit
 _KARCHER_ROUNDS, _KARCHER_TOLERANCE = 50, 1e-12
 
@@ -145,7 +148,7 @@ def model_stock(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Te
     t = K cos / (1 + (K - 1) cos) with the mean cosine between task vectors. All models count alike.
     """
     if len(set(weights)) > 1:
-        raise UserError(f"model_stock treats all models alike; got the weights {list(weights)}")
+        raise UserError(f"model_stock treats all models alike: leave the weights out; got {list(weights)}")
     return combine(tensors, stock_coefficients(gram(tensors, base)), base)
 
 
@@ -177,7 +180,9 @@ def check_fusion(fusion: Fusion, models: int, has_base: bool) -> None:
         raise UserError(f"no fusion method is called {fusion.method!r}; {nearest(fusion.method, OPERATORS)}")
     for name in fusion.settings:
         if name not in operator.settings:
-            raise UserError(f"{fusion.method} has no setting {name!r}; {nearest(name, operator.settings)}")
+            others = ", ".join(method for method, other in OPERATORS.items() if name in other.settings)
+            remedy = f"take it out of the settings (it is one of {others})" if others else nearest(name, operator.settings)
+            raise UserError(f"{fusion.method} has no setting {name!r}; {remedy}")
     if operator.needs_base and not has_base:
         raise UserError(f"{fusion.method} works on differences to a base model: name one")
     if models < operator.least_models or len(fusion.weights) != models:
@@ -185,6 +190,8 @@ def check_fusion(fusion: Fusion, models: int, has_base: bool) -> None:
             f"{fusion.method}: got {len(fusion.weights)} weights for {models} models; it takes one per model, of at least "
             f"{operator.least_models}"
         )
+    if fusion.method == "keep" and sum(weight != 0 for weight in fusion.weights) != 1:
+        raise UserError(f"keep takes one model, whose weight alone is not 0; got the weights {list(fusion.weights)}")
     numbers = [*fusion.weights, *(value for value in fusion.settings.values() if isinstance(value, float | int))]
     if not all(math.isfinite(number) for number in numbers):
         raise UserError(f"{fusion.method}: weights and settings must be finite, got {numbers}")
@@ -215,6 +222,20 @@ def fuse_tensor(
     if "seeds" in parameters:
         given["seeds"] = [zlib.crc32(f"{seed}/{index}/{name}".encode()) for index in range(len(tensors))]
     return operator.function(tensors, fusion.weights, **given, **fusion.settings)
+
+
+@contextmanager
+def tensor_workers() -> Iterator[Executor]:
+    """Threads to fuse a tensor each. Torch's own, off inside the block, wait for each other after each of the many small
+    operations, which takes 20 times as long where other processes keep a core busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(threads, _MOST_WORKERS))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -289,7 +310,7 @@ def trim_threshold(tensor: Tensor, base: Tensor, density: float) -> float:
     for part, deltas in _chunks([tensor], base):
         torch.abs(deltas[0], out=torch.from_numpy(magnitudes[part]))
     kept = max(1, int(density * len(magnitudes)))
-    magnitudes.partition(len(magnitudes) - kept)
+    magnitudes.view(np.int32).partition(len(magnitudes) - kept)  # bits are ordered like the numbers, and faster to compare
     return float(magnitudes[len(magnitudes) - kept])
 
 

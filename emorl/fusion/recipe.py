@@ -1,5 +1,6 @@
 """From settings to tensors: what `emorl fuse` does with a file of whole checkpoints, ours or mergekit's."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +23,9 @@ from emorl.fusion.checkpoints import (
 from emorl.fusion.mergekit_file import mergekit_fusion
 from emorl.fusion.operators import Fusion, check_fusion
 from emorl.progress import Progress, Silent
+from emorl.runs import read_json
 
+_INPUTS_NAME = "fusion_inputs.json"
 RECIPE_NAME = "fusion.yaml"
 """in the fused model's folder: the file that makes it again"""
 
@@ -36,22 +39,63 @@ def fuse(file: CheckpointsFile | Mapping[str, Any], progress: Progress | None = 
         UserError: settings, models or tensors that do not go together, an output folder with something else in it.
     """
     progress = progress or Silent()
-    ours = isinstance(file, CheckpointsFile)
-    recipe = as_mapping(file) if ours else dict(file)
+    if isinstance(file, CheckpointsFile):
+        file = replace(
+            file,
+            models={name: path.absolute() for name, path in file.models.items()},  # the recipe works from any folder
+            base=None if file.base is None else file.base.absolute(),
+        )
+        recipe, what, method = as_mapping(file), checkpoint_fusion(file), file.method
+    else:
+        recipe, what, method = dict(file), mergekit_fusion(file), file["merge_method"]
+    if "output" not in recipe:
+        raise UserError("a file of mergekit names no output: add --output FOLDER")
     output = Path(recipe["output"])
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    written = output / RECIPE_NAME
-    if written.is_file() and written.read_text(encoding="utf-8") == text:
+    if _is_made(output, recipe, _inputs(what)):
         progress.say(f"fuse: finished before, in {output}")
         return output
-    what = checkpoint_fusion(file) if ours else mergekit_fusion(file)
-    method = recipe["method" if ours else "merge_method"]
-    progress.say(f"fuse: {method} of {', '.join(str(model.path) for model in what.models)}")
-    return fuse_checkpoints(what, output, {RECIPE_NAME: text, "README.md": _card(what, method, text)}, progress)
+    check_checkpoints(what)
+    if file_trims_globally(recipe):
+        what = with_global_trim(what)
+    progress.say(f"fuse: {method} of {', '.join(model.path.name for model in what.models)}")
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    inputs = json.dumps(_inputs(what), indent=2) + "\n"
+    files = {RECIPE_NAME: text, _INPUTS_NAME: inputs, "README.md": _card(what, method, text)}
+    return fuse_checkpoints(what, output, files, progress)
+
+
+def _is_made(output: Path, recipe: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+    """Whether the output is there, by this recipe from these files.
+
+    Raises:
+        UserError: it is there by another recipe, or from other files.
+    """
+    if not (output / RECIPE_NAME).is_file():
+        return False
+    old = yaml.safe_load((output / RECIPE_NAME).read_text(encoding="utf-8"))
+    changed = [key for key in {**old, **recipe} if key != "output" and old.get(key) != recipe.get(key)]
+    remedy = "give another output, or move it away"
+    if changed:
+        key = changed[0]
+        raise UserError(f"{output} was made with other settings ({key}: {old.get(key)!r} -> {recipe.get(key)!r}); {remedy}")
+    if read_json(output / _INPUTS_NAME) != inputs:
+        raise UserError(f"{output} was made of other weights: a checkpoint has changed since; {remedy}")
+    return True
+
+
+def _inputs(what: CheckpointFusion) -> dict[str, Any]:
+    """Size and time of change of every file that is read."""
+    everyone = [*what.models, *([] if what.base is None else [what.base])]
+    files = sorted({entry.file.absolute() for one in everyone for entry in one.entries.values()})
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def file_trims_globally(recipe: Mapping[str, Any]) -> bool:
+    return recipe.get("method") == "ties" and recipe["settings"].get("trim") == "global"
 
 
 def checkpoint_fusion(file: CheckpointsFile) -> CheckpointFusion:
-    """What our file asks for, checked; tensors are read only for TIES' global trim."""
+    """What our file asks for, checked; nothing is read yet."""
     models = tuple(open_checkpoint(path) for path in file.models.values())
     base = None if file.base is None else open_checkpoint(file.base)
     settings = dict(file.settings)
@@ -68,14 +112,16 @@ def checkpoint_fusion(file: CheckpointsFile) -> CheckpointFusion:
         return whole
 
     dtype = None if file.dtype is None else getattr(torch, file.dtype)
-    what = CheckpointFusion(models, base, same_tensors(models, base, fusion_of), dtype, file.seed)
-    return with_global_trim(what) if trim == "global" else what
+    tensors = same_tensors(models, base, fusion_of)
+    for part in file.keep:
+        if not any(part in one.name for one in tensors):
+            raise UserError(f"keep: no tensor's name contains {part!r}; they are such as {tensors[0].name!r}")
+    return CheckpointFusion(models, base, tensors, dtype, file.seed)
 
 
 def with_global_trim(what: CheckpointFusion) -> CheckpointFusion:
     """The same with TIES' thresholds over the whole model instead of a density per tensor; reads all tensors."""
     assert what.base is not None
-    check_checkpoints(what)
     trimmed = [
         one for one in what.tensors if one.fusion.method == "ties" and what.base.entries[one.name].dtype.is_floating_point
     ]
@@ -91,7 +137,7 @@ def _card(what: CheckpointFusion, method: str, recipe: str) -> str:
     everyone = [*([] if what.base is None else [what.base]), *what.models]
     front_matter = {
         "library_name": "transformers",
-        "base_model": [str(one.path) for one in everyone],
+        "base_model": list(dict.fromkeys(str(one.path) for one in everyone)),
         "tags": ["emorl", "merge", method],
     }
     versions = ", ".join(f"{name} {version(name)}" for name in ("emorl", "torch"))

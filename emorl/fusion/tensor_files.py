@@ -1,16 +1,17 @@
 """The safetensors format, tensor by tensor: no two tensors of a file need lie in memory together.
 
-`safetensors` itself writes a file from all of its tensors at once, and what it maps into memory counts as resident; reading
-into one buffer per model keeps a fusion at a few tensors. The format: 8 bytes of header length, a JSON header, the data.
+`safetensors` itself writes a file from all of its tensors at once, and keeps a whole file mapped into memory; here each tensor
+is mapped, and given back, alone. The format: 8 bytes of header length, a JSON header, the data.
 """
 
 import json
+import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,33 +82,16 @@ def _read_header(file: Path) -> Iterable[tuple[str, TensorEntry]]:
         raise UserError(f"{file} cannot be read as safetensors ({type(error).__name__}: {error})") from None
 
 
-class TensorReader:
-    """Reads tensors of one checkpoint into one buffer: a tensor is good until the next one is read."""
-
-    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
-        self._entries = entries
-        self._files: dict[Path, int] = {}
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def read(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        if entry.file not in self._files:
-            self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
-        if len(self._buffer) < entry.size:
-            self._buffer = torch.empty(entry.size, dtype=torch.uint8)
-        view = self._buffer.numpy()[: entry.size].data
-        done = 0
-        while done < entry.size:  # one call reads at most 2 GiB
-            read = os.preadv(self._files[entry.file], [view[done:]], entry.start + done)
-            if not read:
-                raise UserError(f"{entry.file} ends in the middle of {name!r}; copy the checkpoint again")
-            done += read
-        return self._buffer[: entry.size].view(entry.dtype).view(entry.shape)
-
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Maps a tensor into memory: nothing is copied, and the memory is given back with the tensor. Changing it would not change
+    the file."""
+    if not entry.size:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    before = entry.start % mmap.ALLOCATIONGRANULARITY
+    with entry.file.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), before + entry.size, access=mmap.ACCESS_COPY, offset=entry.start - before)
+    mapped.madvise(mmap.MADV_WILLNEED)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=before).view(entry.dtype).view(entry.shape)
 
 
 @dataclass(frozen=True)
@@ -125,49 +109,50 @@ class TensorSpec:
 
 
 class ShardWriter:
-    """Writes the tensors of `specs`, in their order, into one safetensors file or several of at most `shard_size` bytes."""
+    """Writes the tensors of `specs`, in any order and from any thread, into one safetensors file or several of at most
+    `shard_size` bytes. They are complete when the `with` block ends well."""
 
     def __init__(self, directory: Path, specs: Sequence[TensorSpec], shard_size: int) -> None:
         self._directory = directory
-        self._shards = _shards(specs, shard_size)
-        self._names = (
-            [WEIGHTS_NAME]
-            if len(self._shards) == 1
-            else [f"model-{number:05}-of-{len(self._shards):05}.safetensors" for number in range(1, len(self._shards) + 1)]
-        )
-        self._waiting = [(file, spec) for file, shard in zip(self._names, self._shards, strict=True) for spec in shard]
-        self._stream: IO[bytes] | None = None
+        shards = _shards(specs, shard_size)
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        self._shards = dict(zip(files if len(shards) > 1 else [WEIGHTS_NAME], shards, strict=True))
+        self._streams = {file: (directory / file).open("wb", buffering=0) for file in self._shards}
+        self._waiting: dict[str, tuple[TensorSpec, int, int]] = {}  # spec, file descriptor, offset
+        for file, shard in self._shards.items():
+            offset = self._streams[file].write(_header(shard))
+            for spec in shard:
+                self._waiting[spec.name] = (spec, self._streams[file].fileno(), offset)
+                offset += spec.size
 
-    def write(self, tensor: Tensor) -> None:
-        """The next tensor."""
-        file, spec = self._waiting.pop(0)
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self._complete()
+        for stream in self._streams.values():
+            stream.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Each tensor once."""
+        spec, descriptor, offset = self._waiting.pop(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-        if self._stream is None or Path(self._stream.name).name != file:
-            self._open(file)
-        assert self._stream is not None
-        self._stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        left = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        while left:  # one call writes at most 2 GiB
+            written = os.pwrite(descriptor, left, offset)
+            left, offset = left[written:], offset + written
 
-    def close(self) -> None:
-        """Completes the last shard and writes the index, if there are several."""
-        assert not self._waiting, self._waiting[0]
-        self._finish_shard()
+    def _complete(self) -> None:
+        """Waits for the disk, and writes the index if there are several shards."""
+        assert not self._waiting, next(iter(self._waiting))
+        for stream in self._streams.values():
+            os.fsync(stream.fileno())
         if len(self._shards) > 1:
-            weight_map = {spec.name: file for file, shard in zip(self._names, self._shards, strict=True) for spec in shard}
-            total = sum(spec.size for shard in self._shards for spec in shard)
+            weight_map = {spec.name: file for file, shard in self._shards.items() for spec in shard}
+            total = sum(spec.size for shard in self._shards.values() for spec in shard)
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._directory / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def _open(self, file: str) -> None:
-        self._finish_shard()
-        self._stream = (self._directory / file).open("wb")
-        self._stream.write(_header(self._shards[self._names.index(file)]))
-
-    def _finish_shard(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
 
 
 def _shards(specs: Sequence[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:

@@ -57,6 +57,7 @@ def fusion_lines(result: Mapping[str, Any]) -> list[str]:
         lines += [
             f"best of {result['trials']} by {result['proposer']}: {scores}; value {result['value']:.3f}",
             "These are search scores on the validation prompts, maxima over noisy estimates and so too high.",
+            "on the test prompts: " + ", ".join(f"{name} {score:.3f}" for name, score in result["test"].items()),
         ]
     return lines
 

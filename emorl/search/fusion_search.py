@@ -7,6 +7,7 @@ maximum over noisy estimates: judge the policy on other prompts.
 """
 
 import importlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import pandas as pd
 from datasets import Dataset
 
 from emorl.config import UserError, as_mapping, nearest
-from emorl.data import load_prompts
+from emorl.data import Splits, load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import check_generation, cost_of, generate, mean_and_error, score
 from emorl.experiment import Experiment
@@ -66,7 +67,7 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
     _check_proposer(experiment, len(directories))
     given = _given(experiment, list(directories))
     run = open_run(experiment.output / "fuse", "fuse", _identity(experiment))
-    if run.finished:
+    if run.finished and (experiment.fuse.proposer is None or read_fusion(experiment)["trials"] >= experiment.fuse.trials):
         progress.say(f"fuse: finished before, in {run.path}")
         return run.path
     adapters = [read_adapter(path, experiment.search.adapter_scale) for path in directories.values()]
@@ -80,8 +81,8 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
         run = run.with_cost(total_cost(finished))
         fusions = {name: fusion_of(name) for name in modules}
     policy = run.path / POLICY_DIRECTORY
-    if not policy.exists():
-        _write(adapters, fusions, policy, experiment)
+    shutil.rmtree(policy, ignore_errors=True)  # of a smaller search, or of one killed before its result was written
+    _write(adapters, fusions, policy, experiment)
     write_json(run.path / "result.json", result)
     progress.say(f"fuse: the policies {', '.join(directories)} are one in {policy}")
     run.finish()
@@ -184,6 +185,7 @@ def _searched(
             "trials": len(finished),
         }
         fusion_of = space.fusion_of(trial.params)
+        result["test"] = evaluator.test_scores(fusion_of)
         if evaluator.moving_set is not None:
             result["holdout"] = evaluator.holdout_scores(fusion_of)
     with written_whole(path / "trials.csv") as temporary:
@@ -223,15 +225,15 @@ class FusionEvaluator:
         base: Base,
         experiment: Experiment,
         space: FusionSpace | LayerSpace,
-        data: Dataset,
+        splits: Splits,
         memo: ScoreMemo,
     ) -> None:
         self._loaded, self._base, self._experiment, self._space = loaded, base, experiment, space
-        self._data, self._memo = data, memo
+        self._data, self._test, self._memo = splits.validation, splits.test, memo
         self._objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
         self._generation = {**experiment.generation, **experiment.search.generation}
         strata = experiment.fuse.strata
-        self.moving_set = None if strata is None else MovingSet(data, strata, experiment.seed)
+        self.moving_set = None if strata is None else MovingSet(splits.validation, strata, experiment.seed)
 
     @classmethod
     def load(
@@ -244,7 +246,7 @@ class FusionEvaluator:
         base = load_base(experiment.base)
         policies = read_policies(adapters, base, experiment.search.adapter_scale)
         loaded = loaded_adapters(base.model, list(policies.values()), experiment.seed)
-        return cls(loaded, base, experiment, space, splits.validation, memo)
+        return cls(loaded, base, experiment, space, splits, memo)
 
     def remember(self, finished: Sequence[Finished]) -> None:
         """Takes in the trials of earlier runs."""
@@ -276,14 +278,20 @@ class FusionEvaluator:
         by_item = self._answered(fusion_of, self.moving_set.holdout).groupby("prompt_index")[self._names].mean().to_numpy()
         return dict(zip(self._names, self.moving_set.on_holdout(by_item).score.tolist(), strict=True))
 
+    def test_scores(self, fusion_of: FusionOf) -> dict[str, float]:
+        """Objective -> score on the test prompts, which neither training nor search saw."""
+        means, _ = mean_and_error(self._answered(fusion_of, range(len(self._test)), self._test), self._names)
+        return dict(zip(self._names, means, strict=True))
+
     @property
     def _names(self) -> list[str]:
         return [objective.name for objective in self._objectives]
 
-    def _answered(self, fusion_of: FusionOf, rows: Sequence[int]) -> pd.DataFrame:
-        """Scored completions of some rows of the data."""
+    def _answered(self, fusion_of: FusionOf, rows: Sequence[int], test: Dataset | None = None) -> pd.DataFrame:
+        """Scored completions of some rows of the validation data, or of the test data."""
+        data = self._data if test is None else test
         self._loaded.apply(lambda name: fusion_of(name.removesuffix(".weight")))
-        prompts = list(self._data["prompt"])
+        prompts = list(data["prompt"])
         completions = generate(
             self._loaded.model,
             self._base.tokenizer,
@@ -293,4 +301,4 @@ class FusionEvaluator:
             seed=self._experiment.seed,
         )
         completions["prompt_index"] = completions["prompt_index"].map(dict(enumerate(rows)))
-        return score(completions, self._data, self._objectives, self._memo)
+        return score(completions, data, self._objectives, self._memo if test is None else None)

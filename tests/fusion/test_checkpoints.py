@@ -152,6 +152,27 @@ def test_heads_are_kept_of_one_model(folders, tmp_path):
     BertForSequenceClassification.from_pretrained(kept)
 
 
+def test_a_part_of_no_name_and_files_that_changed_are_told(folders, tmp_path):
+    models = {"a": folders["bert"][1], "b": tmp_path / "b"}
+    shutil.copytree(folders["bert"][2], tmp_path / "b")
+    with pytest.raises(UserError, match="keep: no tensor's name contains 'clasifier'"):
+        fuse(CheckpointsFile(output=tmp_path / "out", models=models, keep={"clasifier": "a"}))
+    fuse(CheckpointsFile(output=tmp_path / "out", models=models))
+    with pytest.raises(UserError, match=r"made with other settings \(method: 'linear' -> 'slerp'\)"):
+        fuse(CheckpointsFile(output=tmp_path / "out", models=models, method="slerp"))
+    os.utime(tmp_path / "b" / "model.safetensors")
+    with pytest.raises(UserError, match="made of other weights"):
+        fuse(CheckpointsFile(output=tmp_path / "out", models=models))
+
+
+def test_a_recipe_works_from_any_folder(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders["vit"][0].parent)
+    output = fuse(CheckpointsFile(output=tmp_path / "out", models={"a": folders["vit"][0].name, "b": folders["vit"][1].name}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["fuse", str(output / RECIPE_NAME), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
 def test_layers_may_move(folders, tmp_path):
     model = open_checkpoint(folders["llama"][0])
     twice = [

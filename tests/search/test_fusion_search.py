@@ -84,9 +84,13 @@ def test_an_interrupted_search_goes_on_and_a_finished_one_is_left(experiment):
     journal = (few.output / "fuse" / "journal.log").stat().st_size
     fuse_policies(few)
     assert (few.output / "fuse" / "journal.log").stat().st_size == journal
+    assert read_fusion(few)["test"].keys() == {"e", "a"}
     other = replace(few, output=few.output.parent / "other", policies=few.output)
     fuse_policies(other)
     assert read_fusion(other) == read_fusion(few)
+    more = with_fuse(experiment, proposer="q_learning", trials=8)
+    fuse_policies(more)
+    assert read_fusion(more)["trials"] == 8
     with pytest.raises(UserError, match="other settings"):
         fuse_policies(with_fuse(experiment, proposer="random", trials=5))
 
