@@ -14,15 +14,21 @@ An objective is called as `objective(prompts=…, completions=…, **columns)` a
 | repetition | 1 - share of word trigrams that repeat an earlier one | [0, 1] |
 | distinct_2 | distinct word bigrams / word bigrams | [0, 1] |
 | multiple_choice | 1 where the letter that the completion settles on is the data's answer, else 0 | [0, 1] |
+| exact_match | 1 where the completion is a reference, or one of several, normalised; or the share of its parts | [0, 1] |
+| numeric_answer | 1 where the number that the completion ends on is the reference's, else 0 | [0, 1] |
+| unit_tests | 1 where the completion's code passes the data's tests in a sandbox, else 0; or the share it passes | [0, 1] |
 | judge | score, or preference over a reference, by a rubric in words under a chat model, at an endpoint or local | [0, 1] |
 """
 
 from emorl.objectives.classifier import Classifier
+from emorl.objectives.exact_match import ExactMatch
 from emorl.objectives.judge import Judge
 from emorl.objectives.likelihood import Likelihood
 from emorl.objectives.multiple_choice import MultipleChoice
+from emorl.objectives.numeric_answer import NumericAnswer
 from emorl.objectives.similarity import Specificity
 from emorl.objectives.text import Distinct2, Length, Repetition
+from emorl.objectives.unit_tests import UnitTests
 
 REGISTRY = {
     "classifier": Classifier,
@@ -32,5 +38,8 @@ REGISTRY = {
     "repetition": Repetition,
     "distinct_2": Distinct2,
     "multiple_choice": MultipleChoice,
+    "exact_match": ExactMatch,
+    "numeric_answer": NumericAnswer,
+    "unit_tests": UnitTests,
     "judge": Judge,
 }

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from emorl.config import UserError, nearest
+from emorl.config import UserError
 from emorl.data import completion_text
+from emorl.objectives.columns import column
 
 _LETTERS = "ABCDEFGHIJ"
 
@@ -84,12 +85,8 @@ class MultipleChoice:
             raise ValueError(f"multiple_choice: expected 2 to {len(_LETTERS)} choices, got {self.choices}")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        if self.answer_column not in columns:
-            raise UserError(
-                f"multiple_choice needs the data's column {self.answer_column!r} (`answer_column`), which is not there; "
-                f"{nearest(self.answer_column, columns)}"
-            )
-        right = [self._right_letter(answer, row) for row, answer in enumerate(columns[self.answer_column])]
+        answers = column(columns, self.answer_column, "multiple_choice", "answer_column")
+        right = [self._right_letter(answer, row) for row, answer in enumerate(answers)]
         chosen = [chosen_letter(completion_text(completion), self.choices) for completion in completions]
         return [float(one == other) for one, other in zip(chosen, right, strict=True)]
 

@@ -709,7 +709,7 @@ def test_a_local_model_must_be_there_and_chat(local, tmp_path, make_causal_model
         ({"endpoint": "http://h:port/v1"}, "endpoint: expected a URL such as"),
         ({"endpoint": f"http://me:{KEY}@h/v1"}, "no user or password in the URL"),
         ({"endpoint": "http://h/v1/chat/completions"}, "ends before /chat/completions"),
-        ({"failure": "zero"}, "failure: Input should be 'error' or 'none'"),
+        ({"failure": "zero"}, "failure: expected 'error' or 'none'"),
         ({"mode": "triple"}, "mode: "),
         ({"timeout": 0}, "timeout: "),
         ({"retries": -1}, "retries: "),

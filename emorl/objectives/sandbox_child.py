@@ -1,0 +1,258 @@
+"""What runs in a sandbox's own interpreter: a supervisor, and its fork that runs the code and then the tests.
+
+`sandbox.py` starts this file by its path; it imports nothing of emorl. The supervisor never runs the code and never sees
+tests or nonces: it forks, waits for the deadline, kills what is left and hands on at most as many bytes as there are tests.
+"""
+
+import builtins
+import contextlib
+import ctypes
+import json
+import marshal
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+PROTECTIONS = (
+    "no network, and no processes outside the sandbox",
+    "files read-only outside the working directory",
+    "an own /proc",
+)
+NONCE = 16  # bytes
+
+# As they are before the code can put others in their place.
+_read, _write, _getpid, _exit = os.read, os.write, os.getpid, os._exit
+
+_PROCESSES = 16
+_OPEN_FILES = 64
+_FILE_BYTES = 16 << 20
+
+# From linux/sched.h, mount.h, prctl.h, capability.h
+_NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000  # user, mount, pid, network, ipc
+_NOSUID_NODEV, _NOEXEC = 2 | 4, 8
+_MOUNT_SETATTR, _RECURSIVE, _READ_ONLY, _PRIVATE = 442, 0x8000, 1, 1 << 18
+_CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 36, 38
+_CAPABILITY_VERSION = 0x20080522
+_NOBODY = 65534
+
+
+def read_frame(source: int) -> bytes:
+    """The next bytes behind a length of 8 bytes; unbuffered, so that what follows stays in the pipe."""
+    return _read_exactly(source, int.from_bytes(_read_exactly(source, 8), "big"))
+
+
+def frame(content: bytes) -> bytes:
+    return len(content).to_bytes(8, "big") + content
+
+
+def _read_exactly(source: int, size: int) -> bytes:
+    content = b""
+    while len(content) < size:
+        part = _read(source, min(size - len(content), 1 << 20))
+        if not part:
+            raise EOFError("the pipe of tests ended")
+        content += part
+    return content
+
+
+def supervise() -> None:
+    """Reads a job from stdin; writes to stdout a byte with the protections that are missing, then what the fork replied."""
+    job = json.loads(read_frame(0))
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if libc is not None:
+        libc.prctl(_CHILD_SUBREAPER, 1, 0, 0, 0)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # out of memory, the kernel takes this process first
+    own_processes = libc is not None and job["isolation"] != "process" and _enter_namespaces(libc)
+    replies, reply = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(replies)
+        _sandboxed(job, libc, own_processes, reply)
+    os.close(reply)
+    os.close(0)
+    content = _collect(pid, replies, 1 + NONCE * job["tests"], job["timeout"])
+    _end(pid, sweep=libc is not None and not own_processes)
+    os.write(1, content)
+
+
+def _enter_namespaces(libc: Any) -> bool:
+    """Moves what is forked from here into namespaces of its own; False where the system refuses.
+
+    For root, the real user becomes nobody: the limit on processes does not hold for root, and the effective user, by which
+    files are read, stays.
+    """
+    user, group = os.geteuid(), os.getegid()
+    if user == 0:
+        os.setresuid(_NOBODY, 0, 0)
+    if libc.unshare(_NEW_NAMESPACES):
+        if user == 0:
+            os.setresuid(0, 0, 0)
+        return False
+    for name, content in (("setgroups", "deny"), ("uid_map", f"{_NOBODY} {user} 1"), ("gid_map", f"{_NOBODY} {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(content)
+    return True
+
+
+def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) -> None:
+    """The fork: closes every door, then runs the code."""
+    os.setsid()
+    missing = 0b111
+    if own_processes:
+        missing = _close_files(libc, job["directory"].encode())
+    tests = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.chdir(job["directory"])
+    seconds = int(job["timeout"]) + 1
+    limits = {"CPU": seconds, "FSIZE": _FILE_BYTES, "NOFILE": _OPEN_FILES, "CORE": 0}
+    if sys.platform == "linux":
+        limits["AS"] = job["memory_mb"] << 20
+    if own_processes:  # elsewhere it counts all processes of the user
+        limits["NPROC"] = _PROCESSES
+    for name, limit in limits.items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(number, (limit, limit))
+    if libc is not None:
+        if own_processes:
+            libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
+        libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    os.write(reply, bytes([missing]))
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    if missing and job["isolation"] == "namespaces":
+        os._exit(0)
+    _run(job["source"], tests, reply, job["partial"])
+    _exit(0)
+
+
+def _close_files(libc: Any, directory: bytes) -> int:
+    """All files read-only, a small file system of its own in the working directory, a /proc with its own processes only;
+    the bits of what the system refuses."""
+    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY, 0, _PRIVATE, 0)
+    read_only = not libc.syscall(_MOUNT_SETATTR, -1, b"/", _RECURSIVE, attributes, ctypes.sizeof(attributes))
+    size = f"size={_FILE_BYTES},mode=700".encode()
+    files = read_only and not libc.mount(b"tmpfs", directory, b"tmpfs", _NOSUID_NODEV, size)
+    processes = not libc.mount(b"proc", b"/proc", b"proc", _NOSUID_NODEV | _NOEXEC, None)
+    return (not files) << 1 | (not processes) << 2
+
+
+def _collect(pid: int, replies: int, size: int, timeout: float) -> bytes:
+    """What the fork has replied when all is there, its pipe or its life has ended, or the time is over."""
+    deadline, content = time.monotonic() + timeout, b""
+    while len(content) < size and (left := deadline - time.monotonic()) > 0:
+        if select.select([replies], [], [], min(left, 0.02))[0]:
+            part = os.read(replies, size - len(content))
+            if not part:
+                break
+            content += part
+        elif os.waitpid(pid, os.WNOHANG)[0]:  # what it forked may hold the pipe open
+            break
+    return content
+
+
+def _end(pid: int, sweep: bool) -> None:
+    """Kills the fork and its session; a process namespace dies with it, elsewhere orphans are swept up until none is left."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            for child in _children() if sweep else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            os.waitpid(-1, 0)
+
+
+def _children() -> list[int]:
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(child) for child in file.read().split()]
+    return []
+
+
+def _run(source: str, tests: int, reply: int, partial: bool) -> None:
+    """Runs the code, then reads the tests, runs one after the other, and after each one that passed answers with its nonce,
+    which was in the pipe until then."""
+    pristine, own = dict(vars(builtins)), _getpid()
+    solution = types.ModuleType("solution")
+    sys.modules["solution"] = sys.modules["__main__"] = solution
+    if not _passes(source, vars(solution)) or _getpid() != own:  # a copy that the code forked
+        return
+    builtins.__dict__.update(pristine)
+    suite, used = marshal.loads(read_frame(tests))
+    names = {**_visible(vars(solution), used), "__builtins__": pristine, "__plain__": plain}
+    for test in suite:
+        passed = _passes(test, names)
+        if _getpid() != own:
+            return
+        nonce = read_frame(tests)
+        _write(reply, nonce if passed else bytes(NONCE))
+        if not passed and not partial:
+            return
+
+
+def _passes(code: str | types.CodeType, names: dict[str, Any]) -> bool:
+    try:
+        exec(compile(code, "solution.py", "exec") if isinstance(code, str) else code, names)
+    except BaseException:  # SystemExit is a failure too
+        return False
+    return True
+
+
+def _visible(defined: dict[str, Any], used: list[str]) -> dict[str, Any]:
+    """The code's names as tests see them: a builtin it redefines (`set = …`) only where that is all they call of it."""
+    called = [name for name in used if callable(defined.get(name))]
+    hidden = (
+        {name for name in defined if hasattr(builtins, name)} if any(not hasattr(builtins, name) for name in called) else ()
+    )
+    return {name: value for name, value in defined.items() if name not in hidden}
+
+
+def _items(value: Any, base: Any) -> Iterator[Any]:
+    return (plain(item) for item in base.__iter__(value))
+
+
+_BARE: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    bytes: bytes.__bytes__,
+    int: int.__int__,
+    float: float.__float__,
+    complex: complex.__complex__,
+    list: lambda value: list(_items(value, list)),
+    tuple: lambda value: tuple(_items(value, tuple)),
+    set: lambda value: set(_items(value, set)),
+    frozenset: lambda value: frozenset(_items(value, frozenset)),
+    dict: lambda value: {plain(key): plain(dict.__getitem__(value, key)) for key in dict.__iter__(value)},
+}
+_HEAP_TYPE, _FLAGS = 1 << 9, type.__dict__["__flags__"]
+
+
+def plain(value: Any) -> Any:
+    """A value that compares as the built-in types do: their subclasses become the base, all the way down.
+
+    Raises:
+        TypeError: the value's class is the code's own; it could call itself equal to everything.
+    """
+    kind = type(value)
+    if kind is bool:
+        return value
+    for base, bare in _BARE.items():
+        if issubclass(kind, base):
+            return bare(value)
+    if _FLAGS.__get__(kind) & _HEAP_TYPE:
+        home = sys.modules.get(kind.__module__)
+        if kind.__module__ == "solution" or getattr(home, kind.__name__, None) is not kind:
+            raise TypeError(f"{kind.__name__} compares by its own rules")
+    return value
+
+
+if __name__ == "__main__":
+    supervise()
