@@ -86,9 +86,8 @@ def test_rl_fusion_compares_a_few_candidates(tmp_path, tiny_base_dir, make_causa
 
 
 def test_reinforced_merging_of_classifiers_tries_a_few_plans(tmp_path, capsys):
-    search_plans(
-        ["vision", "--seeds", "0", "--episodes", "8", "--steps", "2", "--shares", "1.0", "0.1", "--output", str(tmp_path)]
-    )
+    short = ["--plans", "8", "--steps", "2", "--examples", "40", "--shares", "1.0", "0.1"]
+    search_plans(["vision", "--seeds", "0", *short, "--output", str(tmp_path)])
     table = pd.read_csv(tmp_path / "vision.csv")
     found = table.groupby("search")["examples"].max()
     assert {"rmm 100%", "rmm 10%", "rmm 10%, DAR", "random", "tpe", "cma_es", "coordinate descent"} <= set(found.index)

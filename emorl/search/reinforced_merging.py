@@ -31,7 +31,7 @@ from emorl.fusion.merging_map import MergingMap, MergingSpace, Plan, action_mask
 from emorl.search.study import Finished, Params, Valuation
 
 COLUMN_SCORES = "column_scores"
-"""In a trial's notes, where plans are evaluated on changing subsets: the scores of each column alone on the same subset."""
+"""In a trial's notes, where plans are evaluated on changing subsets: the scores of one or more columns on the same subset."""
 
 _LEAST_SCALE = 1e-8  # smaller differences between rewards are rounding
 

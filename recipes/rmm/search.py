@@ -1,17 +1,17 @@
 """Reinforced model merging (arXiv 2503.21272) against its rivals on small classifiers, at equal evaluations and on subsets.
 
     python -m recipes.rmm.search vision --seeds 0 1 2
-    python -m recipes.rmm.search text --seeds 0 --shares 1.0 0.05
+    python -m recipes.rmm.search text --seeds 0 --steps 60 --examples 250 --plans 40 --shares 1.0 0.1 --rivals random
 
-Every search may try `--episodes` plans. With a share below 1 each plan answers only that part of the validation examples, the
-next part of a fixed order, and its reward is its gain over the single columns on the same part; at the end the best few are
-answered in full. What was found is judged on test examples. Studies are journals: a killed search continues.
+Every search tries `--plans` plans. With a share below 1 each plan answers only that part of the validation examples, the next
+part of a fixed order, and its reward is its gain over one column on the same part; the plan is then chosen by successive
+halving. What was found is judged on test examples. Studies are journals: a killed search continues.
 """
 
 import argparse
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +25,14 @@ from emorl.search.optuna_samplers import OptunaProposer
 from emorl.search.reinforced_merging import COLUMN_SCORES, PPOSettings, ReinforcedMerging
 from emorl.search.study import Budget, Finished, Params, Proposer, Scored, finished_trials, open_study, search
 from emorl.search.weight_search import silence_optuna
-from recipes.rmm.classifiers import Setting, correct, text, vision
+from recipes.rmm.classifiers import Setting, accuracies, text, vision
 
 HOST = "ties"
-"""the column whose embeddings and norms every plan has (the paper: its first merge's)"""
-_ANSWERED_AGAIN = 8  # plans, in full, after a search on subsets
+"""the column whose embeddings and norms every plan has (the paper: its first merge's), and that it is compared with on parts"""
+RIVALS = ("random", "coordinate descent", "tpe", "cma_es")
+_ROUNDS = ((16, 0.2), (3, 1.0))
+"""after a search on parts: so many of the best plans answer so much of all examples"""
+_STOPS = (0.1, 0.25, 0.5, 1.0)  # of all plans, where the curve is drawn
 
 
 def mean_value(finished: Sequence[Finished]) -> list[float]:
@@ -47,23 +50,24 @@ class PlanEvaluator:
     def __init__(self, setting: Setting, space: MergingSpace, share: float, known: Sequence[Finished]) -> None:
         self._setting, self._space = setting, space
         self._columns, self._host = list(setting.columns.values()), list(setting.columns).index(HOST)
-        [size] = {len(one.labels) for one in setting.validation.values()}
-        order = torch.from_numpy(np.random.default_rng(0).permutation(size))
-        self._parts = order.split(max(1, round(share * size)))
+        [size] = {len(one.validation.labels) for one in setting.questions}
+        self._parts = torch.arange(size).split(max(1, round(share * size)))
         self._next = len(known)
-        self._columns_on: dict[int, list[list[float]]] = {}  # part -> what the single columns score on it
+        self._host_on: dict[int, list[float]] = {}  # part -> what the host scores on it
         self.answered = int(known[-1].notes["answered"]) if known else 0
 
-    def accuracies(self, plan: Plan, rows: torch.Tensor | None = None, *, test: bool = False) -> list[float]:
-        """Of each task, on some validation examples (all by default), or on the test examples."""
-        model = assemble(self._columns, plan, host=self._host)
-        found = []
-        for name, head in self._setting.heads.items():
-            examples = (self._setting.test if test else self._setting.validation)[name]
-            some = examples if rows is None else examples.some(rows)
-            found.append(float(correct(model, head, some).mean()))
-            self.answered += 0 if test else len(some.labels)
+    def accuracies(self, plan: Plan, rows: torch.Tensor) -> list[float]:
+        """Of each task, on some validation examples."""
+        model, found = assemble(self._columns, plan, host=self._host), []
+        for one in self._setting.questions:
+            found += accuracies(model, one.head, one.validation.some(rows))
+        self.answered += len(rows) * len(found)
         return found
+
+    def tested(self, plan: Plan) -> float:
+        """Mean accuracy on the test examples."""
+        model = assemble(self._columns, plan, host=self._host)
+        return float(np.mean([value for one in self._setting.questions for value in accuracies(model, one.head, one.test)]))
 
     def __call__(self, candidates: Sequence[Params]) -> list[Scored]:
         return [self._scored(candidate) for candidate in candidates]
@@ -72,14 +76,38 @@ class PlanEvaluator:
         start, part = time.perf_counter(), self._next % len(self._parts)
         self._next += 1
         scores = tuple(self.accuracies(plan_of(self._space, candidate), self._parts[part]))
-        notes = {} if len(self._parts) == 1 else {COLUMN_SCORES: self._of_columns(part)}
+        notes = {} if len(self._parts) == 1 else {COLUMN_SCORES: [self._of_host(part)]}
         return Scored(scores, {**notes, "answered": self.answered, "seconds": time.perf_counter() - start})
 
-    def _of_columns(self, part: int) -> list[list[float]]:
-        if part not in self._columns_on:
-            corners = [plan_of(self._space, corner) for corner in self._space.corners()]
-            self._columns_on[part] = [self.accuracies(plan, self._parts[part]) for plan in corners]
-        return self._columns_on[part]
+    def _of_host(self, part: int) -> list[float]:
+        if part not in self._host_on:
+            alone = plan_of(self._space, self._space.corners()[self._host])
+            self._host_on[part] = self.accuracies(alone, self._parts[part])
+        return self._host_on[part]
+
+
+class Judge:
+    """What is known of plans beyond their search; counts as if each choice were the first."""
+
+    def __init__(self, setting: Setting, space: MergingSpace) -> None:
+        [self._size] = {len(one.validation.labels) for one in setting.questions}
+        self._tasks = len(setting.tasks)
+        evaluator = PlanEvaluator(setting, space, 1.0, [])
+        self._on = functools.cache(lambda plan, rows: float(np.mean(evaluator.accuracies(plan, torch.arange(rows)))))
+        self.tested = functools.cache(evaluator.tested)
+
+    def value(self, plan: Plan, share: float = 1.0) -> float:
+        """Mean accuracy on the first validation examples."""
+        return self._on(plan, round(share * self._size))
+
+    def choose(self, plans: Sequence[Plan]) -> tuple[Plan, int]:
+        """The best by successive halving, and the examples answered for it; the most promising come first."""
+        answered, before = 0, 0.0
+        for count, share in _ROUNDS:
+            kept = plans[:count]
+            answered += len(kept) * round((share - before) * self._size) * self._tasks
+            plans, before = sorted(kept, key=lambda plan: self.value(plan, share), reverse=True), share
+        return plans[0], answered
 
 
 def plan_of(space: MergingSpace, params: Params) -> Plan:
@@ -89,62 +117,85 @@ def plan_of(space: MergingSpace, params: Params) -> Plan:
 
 
 def gain(trial: Finished) -> float:
-    """Value, less that of the single columns on the same examples where these are a part of all."""
+    """Value, less that of the host on the same examples where these are a part of all."""
     rivals = trial.notes.get(COLUMN_SCORES)
     return float(np.mean(trial.scores)) - (0.0 if rivals is None else float(np.mean(rivals)))
 
 
-def proposers(space: MergingSpace, share: float, episodes: int, seed: int) -> dict[str, Proposer]:
-    """The searches that make sense on such parts of the examples."""
-    settings = PPOSettings(episodes=episodes)
+def proposers(space: MergingSpace, share: float, plans: int, rivals: Sequence[str], seed: int) -> dict[str, Proposer]:
+    """The searches on such parts of the examples; rivals see all."""
+    settings = PPOSettings(episodes=2 * plans, entropy=0.1, patience=20)  # so that it does not end before its plans
     found: dict[str, Proposer] = {f"rmm {share:.0%}": ReinforcedMerging(space, mean_value, seed, settings)}
     if share < 1:
-        averaged = PPOSettings(episodes=episodes, reward="dynamic_average", episodes_per_pass=round(1 / share))
+        averaged = replace(settings, episodes=plans, reward="dynamic_average", episodes_per_pass=round(1 / share))
         return {**found, f"rmm {share:.0%}, DAR": ReinforcedMerging(space, mean_value, seed, averaged)}
-    return {
-        **found,
-        "random": RandomPlans(space, seed),
-        "coordinate descent": CoordinateDescent(space, mean_value),
-        "tpe": OptunaProposer("tpe", space, 1, mean_value, seed),
-        "cma_es": OptunaProposer("cma_es", space, 1, mean_value, seed),
+    every: dict[str, Callable[[], Proposer]] = {
+        "random": lambda: RandomPlans(space, seed),
+        "coordinate descent": lambda: CoordinateDescent(space, mean_value),
+        "tpe": lambda: OptunaProposer("tpe", space, 1, mean_value, seed),
+        "cma_es": lambda: OptunaProposer("cma_es", space, 1, mean_value, seed),
     }
+    return found | {name: every[name]() for name in rivals}
 
 
 def run(
-    setting: Setting, space: MergingSpace, name: str, proposer: Proposer, share: float, episodes: int, path: Path
-) -> list[dict]:
-    """One search: what it would choose after some shares of its plans, on all validation and on the test examples."""
-    study = open_study(path / f"{name.replace(' ', '-').replace(',', '')}.log", list(setting.heads), name)
+    setting: Setting, space: MergingSpace, name: str, proposer: Proposer, share: float, plans: int, path: Path
+) -> list[Finished]:
+    """One search, begun or continued."""
+    study = open_study(path / f"{name.replace(' ', '-').replace(',', '')}.log", setting.tasks, name)
     evaluator = PlanEvaluator(setting, space, share, finished_trials(study))
-    finished = search(study, proposer, evaluator, space.distributions, batch=8, budget=Budget(trials=episodes))
-    judge, rows = PlanEvaluator(setting, space, 1.0, []), []
-    whole = functools.cache(lambda plan: float(np.mean(judge.accuracies(plan))))
-    tested = functools.cache(lambda plan: float(np.mean(judge.accuracies(plan, test=True))))
-    each = sum(len(one.labels) for one in setting.validation.values())
-    for count in sorted({min(len(finished), round(episodes * part)) for part in (0.1, 0.25, 0.5, 1.0)}):
-        best = sorted(finished[:count], key=gain, reverse=True)[: 1 if share == 1 else _ANSWERED_AGAIN]
-        chosen = max((plan_of(space, trial.params) for trial in best), key=whole)
+    return search(study, proposer, evaluator, space.distributions, batch=8, budget=Budget(trials=plans))
+
+
+def draw(judge: Judge, space: MergingSpace, name: str, finished: Sequence[Finished], share: float, plans: int) -> list[dict]:
+    """What a search would choose after some of its plans, on all validation and on the test examples."""
+    rows = []
+    for count in sorted({min(len(finished), max(1, round(plans * part))) for part in _STOPS}):
+        best = [plan_of(space, trial.params) for trial in sorted(finished[:count], key=gain, reverse=True)]
+        chosen, again = (best[0], 0) if share == 1 else judge.choose(best)
         rows.append(
             {
                 "search": name,
                 "plans": count,
-                "examples": finished[count - 1].notes["answered"] + (0 if share == 1 else each * len(best)),
-                "validation": whole(chosen),
-                "test": tested(chosen),
+                "examples": finished[count - 1].notes["answered"] + again,
+                "validation": judge.value(chosen),
+                "test": judge.tested(chosen),
                 "depth": len(chosen),
             }
         )
     return rows
 
 
+def needed(full: Sequence[Finished], value: float) -> float:
+    """Examples that a search on all of them has answered when it first has a plan of this value; NaN: never."""
+    return next((float(one.notes["answered"]) for one in full if np.mean(one.scores) >= value), float("nan"))
+
+
+def search_seed(setting: Setting, space: MergingSpace, seed: int, options: argparse.Namespace, path: Path) -> list[dict]:
+    """Every column, and every search on every share."""
+    judge, rows, full = Judge(setting, space), [], list[Finished]()
+    for name, corner in zip(setting.columns, space.corners(), strict=True):
+        plan = plan_of(space, corner)
+        rows.append({"search": f"column {name}", "plans": 1, "validation": judge.value(plan), "test": judge.tested(plan)})
+    for share in options.shares:
+        for name, proposer in proposers(space, share, options.plans, options.rivals, seed).items():
+            finished = run(setting, space, name, proposer, share, options.plans, path)
+            curve = draw(judge, space, name, finished, share, options.plans)
+            full = finished if name == "rmm 100%" else full
+            rows += [{**one, "rmm_100%_needs": needed(full, one["validation"])} for one in curve]
+            print(f"seed {seed}, {rows[-1]}", flush=True)
+    return [{"seed": seed, **row} for row in rows]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=["vision", "text"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--episodes", type=int, default=300, help="plans of every search (%(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of each model's training (%(default)s)")
-    parser.add_argument("--examples", type=int, default=500, help="most of each task to validate on (%(default)s)")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.1, 0.05], help="of the examples per plan")
+    parser.add_argument("--plans", type=int, default=150, help="of every search (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="of each model's training (%(default)s)")
+    parser.add_argument("--examples", type=int, default=3000, help="most of each task to validate and to test on (%(default)s)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.05], help="of the examples per plan")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="(all)")
     parser.add_argument("--skip", action="store_true", help="plans may leave out layers")
     parser.add_argument("--back", action="store_true", help="plans may use layers again")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of the texts (%(default)s)")
@@ -154,22 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for seed in options.seeds:
         setting = vision(seed, options.steps) if options.setting == "vision" else text(seed, options.data, options.steps)
-        some = {
-            name: one.some(torch.arange(min(options.examples, len(one.labels)))) for name, one in setting.validation.items()
-        }
-        setting = replace(setting, validation=some)
+        setting = setting.shortened(options.examples)
         columns = list(setting.columns.values())
         space = MergingSpace(len(columns), count_blocks(columns[0]), allow_skip=options.skip, allow_back=options.back)
-        judge = PlanEvaluator(setting, space, 1.0, [])
-        for name, corner in zip(setting.columns, space.corners(), strict=True):
-            both = [float(np.mean(judge.accuracies(plan_of(space, corner), test=test))) for test in (False, True)]
-            rows.append({"seed": seed, "search": f"column {name}", "plans": 1, "validation": both[0], "test": both[1]})
-        for share in options.shares:
-            path = options.output / f"{options.setting}{'-skip' * options.skip}{'-back' * options.back}" / f"seed-{seed}"
-            for name, proposer in proposers(space, share, options.episodes, seed).items():
-                found = run(setting, space, name, proposer, share, options.episodes, path)
-                rows += [{"seed": seed, **one} for one in found]
-                print(f"seed {seed}, {name}: {found[-1]}", flush=True)
+        path = options.output / f"{options.setting}{'-skip' * options.skip}{'-back' * options.back}" / f"seed-{seed}"
+        rows += search_seed(setting, space, seed, options, path)
         table = pd.DataFrame(rows)
         table.to_csv(options.output / f"{options.setting}.csv", index=False)
     grouped = table.drop(columns=["seed"]).groupby(["search", "plans"], sort=False)
