@@ -52,7 +52,7 @@ from emorl.objectives.loading import Objective, load_objective
 from emorl.policies.adapters import Adapter
 from emorl.policies.loading import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.training.policy import policy_directories
+from emorl.training.directories import policy_directories
 
 HIDDEN, PARAMETERS = "(a) hidden states", "(b) parameters"
 SYNCHRONISED, UNSYNCHRONISED = "(c) logits, synchronised", "(d) authors' logit level, unsynchronised"

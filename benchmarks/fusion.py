@@ -8,8 +8,8 @@ waits for the disk, mergekit does not; *sync* says for how long a copy does). *D
 (bfloat16: than a unit in the last place; there mergekit calculates in bfloat16 too), and how many of them lie exactly at
 the magnitude at which TIES trims, where one of several equal entries is as good as another.
 
-*In memory* is what a candidate costs inside a search, its models loaded before: the operators over all tensors, in this
-process and with the threads of `emorl fuse`. mergekit costs a command each.
+*In memory* is what a candidate costs inside a search, its models loaded before: all tensors fused into a loaded model, as
+`LoadedFusion` does it. mergekit costs a command each.
 
     python -m benchmarks.fusion
     python -m benchmarks.fusion --dtype bfloat16
@@ -39,9 +39,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.adapter_fusion import SIZES
 from benchmarks.decode import CLOCKS
-from emorl.fusion.checkpoints import CheckpointFusion, FusedTensor
+from emorl.fusion.checkpoints import CheckpointFusion
+from emorl.fusion.loaded import LoadedFusion, loaded_models
 from emorl.fusion.mergekit_file import mergekit_fusion
-from emorl.fusion.operators import fuse_tensor, tensor_workers, trim_threshold
+from emorl.fusion.operators import Fusion, trim_threshold
 from emorl.fusion.tensor_files import WEIGHTS_NAME, ShardWriter, TensorSpec
 
 NAMES = ("base", "one", "two", "three")
@@ -179,18 +180,21 @@ def load_models(what: CheckpointFusion) -> tuple[list[dict[str, Tensor]], dict[s
     return models, None if what.base is None else load_file(what.base.path / WEIGHTS_NAME)
 
 
-def fuse_in_memory(
-    what: CheckpointFusion, models: Sequence[dict[str, Tensor]], base: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """One candidate: every tensor of the fused model, in the dtype it has in the models."""
+def loaded_fusion(what: CheckpointFusion) -> LoadedFusion:
+    """The models of a job in memory, to be fused into a loaded one."""
+    models, base = load_models(what)
+    dtype = next(iter(models[0].values())).dtype
+    return loaded_models(LlamaForCausalLM.from_pretrained(what.models[0].path, dtype=dtype), models, base)
 
-    def fused(planned: FusedTensor) -> Tensor:
-        tensors = [model[planned.name] for model in models]
-        of_base = None if base is None else base[planned.name]
-        return fuse_tensor(planned.fusion, tensors, of_base, name=planned.name).to(tensors[0].dtype)
 
-    with tensor_workers() as pool:
-        return dict(zip([planned.name for planned in what.tensors], pool.map(fused, what.tensors), strict=True))
+def fuse_in_memory(loaded: LoadedFusion, what: CheckpointFusion, clock: str) -> float:
+    """Seconds for one candidate, of which no tensor is there yet."""
+    first = Fusion("keep", (1.0,) + (0.0,) * (len(what.models) - 1))
+    loaded.apply(lambda name: first)
+    fusions = {planned.name: planned.fusion for planned in what.tensors}
+    start = CLOCKS[clock]()
+    assert loaded.apply(fusions.__getitem__) == len(fusions)
+    return CLOCKS[clock]() - start
 
 
 def copy_speeds(source: Path, target: Path) -> tuple[float, float]:
@@ -221,16 +225,14 @@ def measure_job(job: str, folder: Path, dtype: str, pairs: int, clock: str) -> d
         run_fresh(command, output / name)
     what = mergekit_fusion(content)
     difference = compare(output / "emorl", output / "mergekit", what)
-    models, base = load_models(what)
-    fuse_in_memory(what, models, base)
+    loaded = loaded_fusion(what)
+    fuse_in_memory(loaded, what, clock)
     runs: dict[str, list[Run]] = {name: [] for name in rivals}
     in_memory = []
     for _ in range(pairs):
         for name, command in rivals.items():
             runs[name].append(run_fresh(command, output / name))
-        start = CLOCKS[clock]()
-        fuse_in_memory(what, models, base)
-        in_memory.append(CLOCKS[clock]() - start)
+        in_memory.append(fuse_in_memory(loaded, what, clock))
     moved = sum((one.path / WEIGHTS_NAME).stat().st_size for one in [*what.models, *([what.base] if what.base else [])])
     moved += (output / "emorl" / WEIGHTS_NAME).stat().st_size
     shutil.rmtree(output)

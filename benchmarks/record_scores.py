@@ -24,7 +24,7 @@ from emorl.experiment import load_run
 from emorl.objectives.loading import load_objective
 from emorl.policies.loading import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.training.policy import policy_directories
+from emorl.training.directories import policy_directories
 
 TABLES = Path(__file__).parent / "score_tables"
 _AT_ONCE = 64  # candidates

@@ -49,7 +49,7 @@ from emorl.policies.prompts import encode, is_chat
 from emorl.search.hierarchical_grid import HierarchicalGrid
 from emorl.search.study import Finished
 from emorl.search.weight_space import WeightSpace
-from emorl.training.policy import policy_directories
+from emorl.training.directories import policy_directories
 
 POLICIES, LEVELS, AUTHORS_BATCH = 3, 5, 16
 AUTHORS_EVALUATIONS = LEVELS * 3**POLICIES

@@ -167,7 +167,9 @@ def _add_run(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_generate(command: argparse.ArgumentParser, name: str) -> None:
-    _add_run(command, name)
+    where = "output directory of an experiment, or a policy: an adapter (OUTPUT/fuse/policy) or a whole model (of `emorl fuse`)"
+    command.add_argument("directory", type=Path, metavar="RUN", help=where)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument(
         "--prefer", default="", metavar="NAME=NUMBER,…", help="what matters to you, e.g. reflection=0.7,empathy=0.3"
     )
@@ -368,15 +370,16 @@ def _fuse(options: argparse.Namespace) -> None:
 def _fuse_policies(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from emorl.console import Console
     from emorl.experiment import load_experiment
-    from emorl.reporting.tables import fusion_lines
-    from emorl.search.fusion_search import fuse_policies, read_fusion
-    from emorl.search.weight_search import silence_optuna
+    from emorl.reporting.fusion_lines import fusion_lines
+    from emorl.search.fusion_result import finished_fusion, read_fusion
 
-    silence_optuna()
     proposer = [] if options.proposer is None else [f"fuse.proposer={options.proposer}"]
     experiment = load_experiment(options.file, [*overrides, *proposer])
-    run = fuse_policies(experiment, Console())
-    _keep_config(experiment)
+    run = finished_fusion(experiment)
+    if run is None:
+        run = _searched_fusion(experiment)
+    else:
+        Console().say(f"fuse: finished before, in {run}")
     result = read_fusion(experiment)
     if options.json:
         print(json.dumps({**result, "policy": str(run / "policy")}, indent=2))
@@ -384,15 +387,39 @@ def _fuse_policies(options: argparse.Namespace, overrides: Sequence[str]) -> Non
         print("\n".join(fusion_lines(result)))
 
 
+def _searched_fusion(experiment: Any) -> Path:
+    from emorl.console import Console
+    from emorl.search.fusion_search import fuse_policies
+    from emorl.search.weight_search import silence_optuna
+
+    silence_optuna()
+    run = fuse_policies(experiment, Console())
+    _keep_config(experiment)
+    return run
+
+
+def _dynamic(options: argparse.Namespace) -> None:
+    from emorl.console import Console
+    from emorl.dynamic.comparison import read_dynamic, run_dynamic
+    from emorl.dynamic.processes import this_process
+    from emorl.reporting.dynamic_table import dynamic_table
+
+    experiment = _load(options)
+    run_dynamic(experiment, Console())
+    if not this_process().is_main_process:
+        return
+    _keep_config(experiment)
+    result = read_dynamic(experiment.output)
+    print(json.dumps(result, indent=2) if options.json else dynamic_table(result))
+
+
 def _generate(options: argparse.Namespace) -> None:
-    from emorl.experiment import load_run
     from emorl.reporting.generation import generate_lines
     from emorl.search.preference import parse_preferences
 
-    experiment = load_run(options.directory)
     preferences = parse_preferences(options.prefer) if options.prefer else {}
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for line in generate_lines(experiment, preferences, prompts, as_json=options.json):
+    for line in generate_lines(options.directory, preferences, prompts, as_json=options.json):
         print(line, flush=True)
 
 
@@ -456,6 +483,12 @@ _COMMANDS: tuple[_Command, ...] = (
         _add_experiment,
     ),
     ("fuse", "Fuse trained policies into one, or whole checkpoints tensor by tensor on disk.", _fuse, _add_fuse),
+    (
+        "dynamic",
+        "Train controllers that set the ensemble's weights anew for every span of text, and compare them with fixed weights.",
+        _dynamic,
+        _add_experiment,
+    ),
     ("report", "Write one self-contained HTML report of a run directory.", _report, _add_run),
     (
         "objectives",
@@ -463,5 +496,10 @@ _COMMANDS: tuple[_Command, ...] = (
         _objectives,
         _add_objectives,
     ),
-    ("generate", "Answer prompts with the point of the front that suits your preference.", _generate, _add_generate),
+    (
+        "generate",
+        "Answer prompts with the point of the front that suits your preference, or with one policy.",
+        _generate,
+        _add_generate,
+    ),
 )

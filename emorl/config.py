@@ -5,6 +5,7 @@ Kept free of torch, so that a mistake in an experiment file is reported within a
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 Config = TypeVar("Config")
 
@@ -133,8 +135,39 @@ def _explain(config_class: type, where: Sequence[str], error: Mapping[str, Any])
         return f"unknown key {dotted!r}; {nearest(where[-1], _keys_of(config_class, where[:-1]))}"
     if error["type"] in ("missing", "missing_argument"):
         return f"key {dotted!r} is missing and has no default"
+    given, context = error["input"], error.get("ctx", {})
+    if error["type"] in _EXPECTED:
+        expected, found = _EXPECTED[error["type"]].format(**context), "nothing" if given is None else f"{given!r:.80}"
+        return f"{dotted or 'the whole'}: expected {expected}, got {found}{_remedy(dotted, given)}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message} (got {error['input']!r:.80})" if dotted else message
+    return f"{dotted}: {message} (got {given!r:.80})" if dotted else message
+
+
+_EXPECTED = {
+    "string_type": "a text",
+    "path_type": "a path",
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list, such as [1, 2]"),
+    **dict.fromkeys(("dict_type", "mapping_type", "dataclass_type"), "a block with keys of its own, such as {{key: value}}"),
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "too_short": "at least {min_length} of them",
+}
+"""pydantic's kinds of errors -> what a value should have been"""
+
+
+def _remedy(dotted: str, given: Any) -> str:
+    if given is not None:
+        return ""
+    name, colon, value = dotted.rpartition(".")[2].partition(":")
+    if colon:
+        return f"; YAML needs a blank behind the colon: {{{name}: {value}}}"
+    return "; give it a value"
 
 
 def _keys_of(config_class: type, path: Sequence[str]) -> list[str]:
@@ -165,16 +198,27 @@ def to_yaml(config: Any) -> str:
 
 
 def describe(config_class: type, prefix: str = "") -> str:
-    """The keys of a config block with types, defaults and meanings, for `--help`."""
+    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole."""
     lines = []
     documents = TypeAdapter(config_class).json_schema()
     properties = documents.get("properties", {})
     for field in dataclasses.fields(config_class):
         name, meaning = f"{prefix}{field.name}", properties.get(field.name, {}).get("description", "")
         block = next((kind for kind in _kinds(field.type) if _is_block(kind)), None)
-        default = f" [{properties[field.name]['default']}]" if "default" in properties.get(field.name, {}) else ""
-        lines.append(f"  {name}{default}  {' '.join(meaning.split())}".rstrip())
+        if block is not None and not prefix:
+            lines.append("")
+        lines.append(f"  {name}{_shown_default(field, properties.get(field.name, {}))}  {' '.join(meaning.split())}".rstrip())
         if block is not None:
             inner = f"{name}.NAME." if typing.get_origin(field.type) is dict else f"{name}."
-            lines.append(describe(block, inner))
-    return "\n".join(lines)
+            lines += [describe(block, inner), *([] if prefix else [""])]
+    return re.sub("\n\n+", "\n\n", "\n".join(lines))
+
+
+def _shown_default(field: dataclasses.Field[Any], schema: Mapping[str, Any]) -> str:
+    if "default" in schema:
+        return f" [{schema['default']}]"
+    made = field.default.get_default(call_default_factory=True) if isinstance(field.default, FieldInfo) else None
+    if not isinstance(made, list | dict) or not made:
+        return ""
+    text = yaml.safe_dump(made, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+    return f" {text}" if isinstance(made, list) else f" [{text}]"

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError, apply_overrides, parse, read_yaml
-from emorl.fuse_experiment import PolicyFuseConfig
+from emorl.dynamic_experiment import DynamicConfig
+from emorl.fuse_experiment import PolicyFuseConfig, is_checkpoints
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -272,6 +273,8 @@ class Experiment:
     """comparison on the test prompts"""
     fuse: PolicyFuseConfig = Field(default_factory=PolicyFuseConfig)
     """`emorl fuse`: the policies' parameters become one policy"""
+    dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
+    """`emorl dynamic`: a controller that sets the weights anew for every span of text"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | None = None
@@ -330,7 +333,10 @@ RESERVED_NAMES = frozenset(
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment in a YAML file with `dotted.key=value` overrides applied."""
-    return parse(Experiment, apply_overrides(read_yaml(path), overrides), str(path))
+    content = apply_overrides(read_yaml(path), overrides)
+    if is_checkpoints(content):
+        raise UserError(f"{path} is a file of checkpoints to fuse, not an experiment: use `emorl fuse {path}`")
+    return parse(Experiment, content, str(path))
 
 
 def load_run(directory: Path) -> Experiment:

@@ -134,6 +134,11 @@ def is_experiment(content: dict[str, Any]) -> bool:
     return "objectives" in content
 
 
+def is_checkpoints(content: dict[str, Any]) -> bool:
+    """Whether a YAML mapping says which whole checkpoints to fuse, ours or mergekit's."""
+    return not is_experiment(content) and ("models" in content or is_mergekit(content))
+
+
 def is_mergekit(content: dict[str, Any]) -> bool:
     """Whether a YAML mapping is mergekit's."""
     return "merge_method" in content

@@ -99,6 +99,17 @@ def test_a_second_run_does_nothing_again(experiment, finished):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_trained_controller_joins_the_comparison(experiment, finished, tmp_path, capsys):
+    pytest.importorskip("torchrl", reason="needs the extra rl")
+    copy = shutil.copytree(finished, tmp_path / "run")
+    few = ["dynamic.agents=[ppo]", "dynamic.spans=[2]", "dynamic.ppo.updates=1", "dynamic.ppo.prompts=2", "dynamic.span=2"]
+    assert "| RLAE-PPO | 2 |" in output_of(capsys, "dynamic", experiment, f"output={copy}", f"policies={finished}", *few)
+    comparison = json.loads(output_of(capsys, "evaluate", experiment, f"output={copy}", "--json"))
+    assert [system["system"] for system in comparison["systems"]].count("dynamic ensemble") == 1
+    assert main(["report", str(copy)]) == 0
+    assert "dynamic ensemble" in (copy / "report" / "report.html").read_text()
+
+
 def test_every_stage_gives_json(experiment, finished, capsys):
     search = json.loads(output_of(capsys, "search", experiment, "--json"))
     assert search["trials"] >= 5
@@ -176,7 +187,7 @@ def test_generate_answers_by_preference_without_search_or_training(finished, cap
     ("overrides", "message"),
     [
         (["serch.levels=1"], "unknown key 'serch'; did you mean 'search'"),
-        (["search.levels=-1"], "greater than or equal to 1"),
+        (["search.levels=-1"], "expected a number of at least 1, got -1"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["data.prompt_column=promt"], "has no column 'promt' (data.prompt_column); did you mean 'prompt'"),
         (["base.model=./nowhere"], "base.model './nowhere': neither a folder here nor a model on the hub"),

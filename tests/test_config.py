@@ -58,15 +58,21 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     [
         ("serch.levels=3", "unknown key 'serch'; did you mean 'search'"),
         ("search.levles=3", "unknown key 'search.levles'; did you mean 'levels'"),
-        ("search.levels=-1", "search.levels: Input should be greater than or equal to 1"),
-        ("search.levels=many", "search.levels: Input should be a valid integer"),
+        ("search.levels=-1", "search.levels: expected a number of at least 1, got -1$"),
+        ("search.levels=many", "search.levels: expected a whole number, got 'many'"),
         ("search.scalarize=median", "'mean', 'weighted', 'minimum' or 'chebyshev'"),
-        ("data.path=null", "data.path: Input should be a valid string"),
-        ("base=3", "base: Input should be a dictionary"),
+        ("data.path=null", "data.path: expected a text, got nothing; give it a value"),
+        ("output=", "output: expected a path, got nothing; give it a value"),
+        ("fuse.weights={a:1}", "fuse.weights.a:1: expected a number, got nothing; YAML needs a blank behind the colon: {a: 1}"),
+        ("fuse.scales=[0]", "fuse.scales.0: expected a number above 0, got 0"),
+        ("fuse.methods=[]", r"fuse.methods: expected at least 1 of them, got \[\]"),
+        ("search.include_base=maybe", "search.include_base: expected true or false, got 'maybe'"),
+        ("fuse.methods=ties", "fuse.methods: expected a list, such as"),
+        ("base=3", "base: expected a block with keys of its own, such as {key: value}, got 3"),
         ("objectives={}", "name at least one objective"),
         ("objectives.a.transform.lag=true", "unknown key 'objectives.a.transform.lag'; did you mean 'log'"),
         ("objectives.a.transform.range=[5, 1]", "objectives.a.transform: range: expected two finite numbers, the lower"),
-        ("objectives.a.transform.range=5", "objectives.a.transform.range: Input should be a valid tuple"),
+        ("objectives.a.transform.range=5", "objectives.a.transform.range: expected a list"),
         ("objectives.a-b=length", "'a-b' cannot name an objective"),
         ("objectives.base=length", "'base' cannot name an objective"),
         ("search.preferences={q: 1}", r"search.preferences names \['q'\], but the objectives are \['a', 'b'\]"),
@@ -80,6 +86,15 @@ def test_a_wrong_setting_is_one_line_of_advice(override, message):
     with pytest.raises(UserError, match=message) as caught:
         experiment(override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_checkpoints_is_sent_to_its_command(tmp_path):
+    for text in ("output: x\nmodels: {a: b}\n", "merge_method: linear\nmodels: [{model: b}]\n"):
+        (tmp_path / "fuse.yaml").write_text(text)
+        with pytest.raises(
+            UserError, match=r"is a file of checkpoints to fuse, not an experiment: use `emorl fuse .*fuse.yaml`"
+        ):
+            load_experiment(tmp_path / "fuse.yaml")
 
 
 def test_a_missing_key_is_named():
@@ -106,6 +121,9 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 def test_help_names_every_key_with_its_meaning():
     text = describe(Experiment)
     assert "objectives.NAME.transform.log [False]  training maximises log(score)" in text
+    assert "\n\n  search  search for the weights\n  search.proposer [auto]  " in text
+    assert "  fuse.methods [slerp, ties]  that the search switches between" in text
+    assert "  generation [{max_new_tokens: 64, do_sample: false}]  " in text
 
     def check(block, prefix):
         for name in as_mapping(block):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
-    {"config", "experiment", "reward_experiment", "fuse_experiment", "progress", "runs", "data"},
+    {"config", "experiment", "reward_experiment", "fuse_experiment", "dynamic_experiment", "progress", "runs", "data"},
     {"policies", "objectives"},
     {"evaluation"},
     {"training", "aggregation", "fusion"},
@@ -85,7 +85,7 @@ def test_there_is_no_import_cycle():
         visit(name, [])
 
 
-@pytest.mark.parametrize("module", ["config", "experiment", "fuse_experiment", "runs", "progress", "cli"])
+@pytest.mark.parametrize("module", ["config", "experiment", "fuse_experiment", "dynamic_experiment", "runs", "progress", "cli"])
 def test_a_wrong_config_is_found_without_torch(module):
     seen, queue = set(), [f"emorl.{module}"]
     while queue:

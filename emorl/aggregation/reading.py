@@ -1,6 +1,7 @@
 """How an ensemble reads prompts and further tokens when nothing is aggregated: last hidden states of every policy.
 
-One class per kind of model; trie decoding asks them for nothing but rows of hidden states and of a cache.
+One class per kind of model; trie decoding and the dynamic ensemble ask them for nothing but rows of hidden states and of a
+cache.
 """
 
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import Cache, EncoderDecoderCache
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.row_cache import RowCache, RowLayer
 from emorl.aggregation.stacked_lora import mixing
+
+Active = tuple[int, ...] | None
+"""The policies that are computed, ascending; None: all."""
 
 
 class CausalReader:
@@ -34,21 +38,24 @@ class CausalReader:
         hidden = self._forward(ids, mask, positions, cache)
         return _rows_of(cache), mask, hidden
 
-    def read_tokens(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, prompts: Tensor) -> Tensor:
-        """Hidden states (R, K, H) after tokens (R, 1) at positions (R, 1), seeing the places (R, L) of the cache that
-        `mask` shows."""
-        return self._forward(tokens, mask, positions, cache)
+    def read_tokens(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, prompts: Tensor, active: Active = None
+    ) -> Tensor:
+        """Hidden states (R, K, H) after tokens (R, T) at positions (R, T), seeing the places (R, L) of the cache that
+        `mask` shows; of the `active` policies alone, whose rows the cache then holds, (R, len(active), H)."""
+        return self._forward(tokens, mask, positions, cache, active)
 
     def new_cache(self, layers: int) -> Cache:
         """A cache whose layers wait for keys and values."""
         return _empty(layers)
 
-    def load_source(self, cache: Cache, prompts: Tensor) -> None:
+    def load_source(self, cache: Cache, prompts: Tensor, active: Active = None) -> None:
         """Gives an encoder-decoder's cache the sources of `prompts` (R,); nothing to do here."""
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        ids, mask, positions = (tensor.repeat_interleave(self._policies, 0) for tensor in (ids, mask, positions))
-        with mixing(torch.empty(0), aggregate=False):
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, active: Active = None) -> Tensor:
+        policies = self._policies if active is None else len(active)
+        ids, mask, positions = (tensor.repeat_interleave(policies, 0) for tensor in (ids, mask, positions))
+        with mixing(torch.empty(0), active, aggregate=False):
             output = self._ensemble.policies(
                 input_ids=ids,
                 attention_mask=mask,
@@ -57,7 +64,7 @@ class CausalReader:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return output.logits[:, -1].unflatten(0, (-1, self._policies))  # the head handed on hidden states
+        return output.logits[:, -1].unflatten(0, (-1, policies))  # the head handed on hidden states
 
 
 class Seq2SeqReader:
@@ -90,12 +97,15 @@ class Seq2SeqReader:
         ]
         return _rows_of(cache.self_attention_cache), self.mask[which], hidden
 
-    def read_tokens(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, prompts: Tensor) -> Tensor:
+    def read_tokens(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, prompts: Tensor, active: Active = None
+    ) -> Tensor:
         """As `CausalReader.read_tokens`; positions are the decoder's own business."""
-        source_mask = self._source_mask[prompts].repeat_interleave(self._policies, 0)
+        source_mask = self._source_mask[prompts].repeat_interleave(self._policies if active is None else len(active), 0)
         keys = self.across[0][0]
         size = (len(source_mask), source_mask.shape[1], self._ensemble.config.hidden_size)
-        return self._forward(tokens, mask, cache, source_mask, keys.new_zeros(1, 1, 1).expand(size))  # cached: not read
+        states = keys.new_zeros(1, 1, 1).expand(size)  # cached: not read
+        return self._forward(tokens, mask, cache, source_mask, states, active)
 
     def new_cache(self, layers: int) -> Cache:
         """As `CausalReader.new_cache`, for the decoder's own tokens and for the source."""
@@ -103,15 +113,20 @@ class Seq2SeqReader:
         cache.is_updated = dict.fromkeys(range(layers), True)  # the source is loaded, never computed again
         return cache
 
-    def load_source(self, cache: Cache, prompts: Tensor) -> None:
-        """Gives the cache the keys and values over the sources of `prompts` (R,)."""
+    def load_source(self, cache: Cache, prompts: Tensor, active: Active = None) -> None:
+        """Gives the cache the keys and values over the sources of `prompts` (R,), those of the `active` policies."""
         assert isinstance(cache, EncoderDecoderCache)
+        policies = slice(None) if active is None else list(active)
         for layer, (keys, values) in zip(_rows_of(cache.cross_attention_cache), self.across, strict=True):
-            layer.load(keys.shape[3], keys[prompts].flatten(0, 1), values[prompts].flatten(0, 1))
+            chosen_keys, chosen_values = (each[prompts][:, policies].flatten(0, 1) for each in (keys, values))
+            layer.load(keys.shape[3], chosen_keys, chosen_values)
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Cache, source_mask: Tensor, states: Tensor) -> Tensor:
-        ids, mask = (tensor.repeat_interleave(self._policies, 0) for tensor in (ids, mask))
-        with mixing(torch.empty(0), aggregate=False):
+    def _forward(
+        self, ids: Tensor, mask: Tensor, cache: Cache, source_mask: Tensor, states: Tensor, active: Active = None
+    ) -> Tensor:
+        policies = self._policies if active is None else len(active)
+        ids, mask = (tensor.repeat_interleave(policies, 0) for tensor in (ids, mask))
+        with mixing(torch.empty(0), active, aggregate=False):
             output = self._ensemble.policies(
                 attention_mask=source_mask,
                 decoder_input_ids=ids,
@@ -120,7 +135,7 @@ class Seq2SeqReader:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return output.logits[:, -1].unflatten(0, (-1, self._policies))
+        return output.logits[:, -1].unflatten(0, (-1, policies))
 
 
 def _empty(layers: int) -> RowCache:

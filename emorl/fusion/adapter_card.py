@@ -15,7 +15,7 @@ _CARD = """---
 
 An ordinary PEFT adapter, written by `emorl.fusion.adapters.fuse_adapters` ({versions}); the same adapters and settings
 give the same again.
-
+{origin}
 | adapter | weight | scale | trained on |
 |---|---|---|---|
 {sources}
@@ -40,8 +40,9 @@ def adapter_card(
     energy: float | None,
     seed: int,
     by_module: Mapping[str, Fusion],
+    origin: str,
 ) -> str:
-    """The text of README.md; `by_module` are the modules with a fusion of their own."""
+    """The text of README.md; `by_module` are the modules with a fusion of their own, `origin` who chose the settings."""
     front_matter = {"library_name": "peft", "tags": ["emorl", "lora", "merge", fusion.method]}
     if adapters[0].base_name:
         front_matter["base_model"] = adapters[0].base_name
@@ -62,6 +63,7 @@ def adapter_card(
         count=len(adapters),
         plural="s" if len(adapters) > 1 else "",
         versions=", ".join(f"{name} {version(name)}" for name in ("emorl", "torch", "peft")),
+        origin=f"\n{origin}\n" if origin else "",
         sources="\n".join(
             f"| {one.path} | {weight} | {one.scale} | {one.base_name or 'not recorded'} |" for one, weight in weighted
         ),

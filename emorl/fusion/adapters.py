@@ -60,6 +60,7 @@ def fuse_adapters(
     energy: float | None = None,
     seed: int = 0,
     by_module: Mapping[str, Fusion] | None = None,
+    origin: str = "",
 ) -> Path:
     """Write the PEFT LoRA adapter of the fused deltas; returns its directory. Its README.md says how it was made and what
     was lost.
@@ -75,6 +76,7 @@ def fuse_adapters(
         energy: instead of a rank: each module keeps at least this share of its squared Frobenius norm.
         seed: of DARE's random masks; they are those of a fusion of the whole models.
         by_module: module -> its own fusion, instead of `fusion`.
+        origin: for the card: who chose the settings.
 
     Raises:
         UserError: unknown method, setting out of range, adapters that do not go together, or `output_dir` is not empty.
@@ -98,7 +100,7 @@ def fuse_adapters(
         if not fused:
             raise UserError(f"{fusion.method} with the weights {list(fusion.weights)} leaves nothing of these adapters")
         _write(partial, {name: (module.a, module.b) for name, module in fused.items()}, adapters[0], fingerprint)
-        write_text(partial / "README.md", adapter_card(adapters, fusion, fused, rank, energy, seed, own))
+        write_text(partial / "README.md", adapter_card(adapters, fusion, fused, rank, energy, seed, own, origin))
     return output
 
 

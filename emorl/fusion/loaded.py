@@ -1,6 +1,7 @@
 """Fuses models into a loaded one, in place and in memory: how a search tries a candidate without a process or a checkpoint.
 
-Only the tensors whose fusion differs from the last one are fused again. Fusing is done on the CPU, wherever the model is.
+Only the tensors whose fusion differs from the last one are fused again, by several threads and straight into a model in
+float32 on the CPU. Fusing is done on the CPU, wherever the model is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from emorl.fusion.operators import Fusion, fuse_tensor
+from emorl.fusion.operators import Fusion, fuse_tensor, tensor_workers
 from emorl.policies.adapters import Adapter
 
-FuseOne = Callable[[str, Fusion], Tensor]
-"""Name of a parameter and its fusion -> the fused tensor, in the parameter's shape."""
+FuseOne = Callable[[str, Fusion, Tensor], None]
+"""Writes a parameter's fusion, by its name, to a contiguous float32 tensor of its shape."""
 
 
 class LoadedFusion:
@@ -36,28 +37,36 @@ class LoadedFusion:
         """The parameters that are fused."""
         return list(self._parameters)
 
-    @torch.no_grad()
     def apply(self, fusion_of: Callable[[str], Fusion]) -> int:
         """Changes the model's parameters to what `fusion_of` says of each; returns how many were fused anew."""
-        changed = [name for name in self._parameters if self._applied.get(name) != fusion_of(name)]
-        for name in changed:
-            self._applied.pop(name, None)  # not known, should this one fail
-            fusion = fusion_of(name)
-            self._parameters[name].copy_(self._fuse_one(name, fusion))
-            self._applied[name] = fusion
+        changed = {name: fusion for name in self._parameters if self._applied.get(name) != (fusion := fusion_of(name))}
+        with tensor_workers() as pool:
+            for _ in pool.map(self._change, changed, changed.values()):
+                pass
         return len(changed)
+
+    @torch.no_grad()  # is each thread's own
+    def _change(self, name: str, fusion: Fusion) -> None:
+        parameter = self._parameters[name]
+        direct = parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
+        fused = parameter if direct else torch.empty(parameter.shape)
+        self._applied.pop(name, None)  # not known, should this one fail
+        self._fuse_one(name, fusion, fused)
+        if not direct:
+            parameter.copy_(fused)
+        self._applied[name] = fusion
 
 
 def loaded_models(
     model: PreTrainedModel, models: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None, seed: int = 0
 ) -> LoadedFusion:
     """Whole models, by their state dicts (those that safetensors maps into memory will do); `model` is one of their
-    architecture."""
+    architecture, and none of them."""
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
 
-    def fuse_one(name: str, fusion: Fusion) -> Tensor:
+    def fuse_one(name: str, fusion: Fusion, out: Tensor) -> None:
         start = None if base is None else base[name]
-        return fuse_tensor(fusion, [one[name] for one in models], start, name=name, seed=seed)
+        fuse_tensor(fusion, [one[name] for one in models], start, name=name, seed=seed, out=out)
 
     return LoadedFusion(model, names, fuse_one)
 
@@ -71,9 +80,9 @@ def loaded_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: i
     starts = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in modules}
     deltas = {f"{name}.weight": [_delta(adapter, name, starts[f"{name}.weight"]) for adapter in adapters] for name in modules}
 
-    def fuse_one(name: str, fusion: Fusion) -> Tensor:
-        base = torch.zeros_like(deltas[name][0])
-        return fuse_tensor(fusion, deltas[name], base, name=name, seed=seed) + starts[name].float()
+    def fuse_one(name: str, fusion: Fusion, out: Tensor) -> None:
+        fuse_tensor(fusion, deltas[name], torch.zeros_like(deltas[name][0]), name=name, seed=seed, out=out)
+        out += starts[name]
 
     return LoadedFusion(model, list(starts), fuse_one)
 

@@ -53,22 +53,35 @@ class Operator:
         return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in _GIVEN}
 
 
-_GIVEN = ("base", "seeds")  # comes from the caller, not from the settings
+_GIVEN = ("base", "seeds", "out")  # comes from the caller, not from the settings
 
 
-def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, out: Tensor | None = None, normalize: bool = True) -> Tensor:
     """Weighted sum; with `normalize` divided by the sum of the weights (model soups, arXiv 2203.05482)."""
-    return combine(tensors, _normalized(weights) if normalize else weights)
+    return combine(tensors, _normalized(weights) if normalize else weights, out=out)
 
 
 def task_arithmetic(
-    tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, scale: float = 1.0, normalize: bool = False
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    base: Tensor,
+    out: Tensor | None = None,
+    scale: float = 1.0,
+    normalize: bool = False,
 ) -> Tensor:
     """base + scale * sum w_i tau_i (arXiv 2212.04089, which finds a scale of 0.3 to 0.4 best for many tasks)."""
-    return combine(tensors, [scale * weight for weight in (_normalized(weights) if normalize else weights)], base)
+    return combine(tensors, [scale * weight for weight in (_normalized(weights) if normalize else weights)], base, out)
 
 
-def slerp(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor | None = None, space: str = "weights") -> Tensor:
+def slerp(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    base: Tensor | None = None,
+    out: Tensor | None = None,
+    space: str = "weights",
+) -> Tensor:
     """Along the arc between two tensors, from the first (t = 0) to the second; t is the second's share of the weights.
 
     Nearly parallel tensors (|cosine| > 0.9995: whole weights of most fine-tunes) are mixed linearly; in `space` task_vectors
@@ -82,7 +95,7 @@ def slerp(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor |
     origin = base if space == "task_vectors" else None
     products = gram(tensors, origin)
     coefficients = slerp_coefficients if len(tensors) == 2 else karcher_coefficients
-    return combine(tensors, coefficients(products, _normalized(weights)), origin)
+    return combine(tensors, coefficients(products, _normalized(weights)), origin, out)
 
 
 def ties(
@@ -142,14 +155,14 @@ def dare_ties(
     return _merge_signs(tensors, base, weights, scale, normalize, lambda deltas, part: deltas.mul_(keep[:, part]).div_(shares))
 
 
-def model_stock(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor) -> Tensor:
+def model_stock(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, out: Tensor | None = None) -> Tensor:
     """Model Stock (arXiv 2403.19522): from the base towards the mean of the models, as far as their task vectors agree.
 
     t = K cos / (1 + (K - 1) cos) with the mean cosine between task vectors. All models count alike.
     """
     if len(set(weights)) > 1:
         raise UserError(f"model_stock treats all models alike: leave the weights out; got {list(weights)}")
-    return combine(tensors, stock_coefficients(gram(tensors, base)), base)
+    return combine(tensors, stock_coefficients(gram(tensors, base)), base, out)
 
 
 def keep_one(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -204,7 +217,13 @@ def check_fusion(fusion: Fusion, models: int, has_base: bool) -> None:
 
 
 def fuse_tensor(
-    fusion: Fusion, tensors: Sequence[Tensor], base: Tensor | None = None, *, name: str = "", seed: int = 0
+    fusion: Fusion,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    name: str = "",
+    seed: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The fused tensor in float32, of the same shape.
 
@@ -213,6 +232,7 @@ def fuse_tensor(
 
     Args:
         name: of the tensor; random masks depend on it and on `seed`, so any tensor can be fused again alone.
+        out: contiguous float32 that the result is written to; none of the tensors it is made of.
     """
     operator = OPERATORS[fusion.method]
     given: dict[str, Any] = {}
@@ -221,7 +241,10 @@ def fuse_tensor(
         given["base"] = base
     if "seeds" in parameters:
         given["seeds"] = [zlib.crc32(f"{seed}/{index}/{name}".encode()) for index in range(len(tensors))]
-    return operator.function(tensors, fusion.weights, **given, **fusion.settings)
+    if "out" in parameters:
+        given["out"] = out
+    fused = operator.function(tensors, fusion.weights, **given, **fusion.settings)
+    return fused if out is None or fused is out else out.copy_(fused)
 
 
 @contextmanager
@@ -246,15 +269,20 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     return products
 
 
-def combine(tensors: Sequence[Tensor], coefficients: Sequence[float], base: Tensor | None = None) -> Tensor:
-    """sum c_i x_i, or base + sum c_i (x_i - base)."""
-    total = torch.empty(tensors[0].numel())
-    factors = torch.tensor(coefficients, dtype=torch.float32)  # (K,)
-    for part, vectors in _chunks(tensors, base):
-        torch.mv(vectors.T, factors, out=total[part])
+def combine(
+    tensors: Sequence[Tensor], coefficients: Sequence[float], base: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """sum c_i x_i, or base + sum c_i (x_i - base); in `out`, if that is given."""
+    fused = torch.empty(tensors[0].shape) if out is None else out
+    flat = fused.view(-1)
+    for part, vectors in _views(tensors) if base is None else _chunks(tensors, base):
+        entries = flat[part]
+        torch.mul(vectors[0], coefficients[0], out=entries)
+        for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
+            entries.add_(vector, alpha=coefficient)
         if base is not None:
-            total[part] += base.flatten()[part]
-    return total.view(tensors[0].shape)
+            entries += base.flatten()[part]
+    return fused
 
 
 def slerp_coefficients(products: Tensor, weights: Sequence[float]) -> list[float]:
@@ -339,12 +367,22 @@ def _merge_signs(
     return total.view(tensors[0].shape)
 
 
+def _parts(entries: int) -> Iterator[slice]:
+    return (slice(start, min(start + _CHUNK, entries)) for start in range(0, entries, _CHUNK))
+
+
+def _views(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Parts of the flattened tensors in float32, K of (n,): the tensors' own memory where they have that type."""
+    flat = [tensor.flatten() for tensor in tensors]
+    for part in _parts(flat[0].numel()):
+        yield part, [vector[part].float() for vector in flat]
+
+
 def _chunks(tensors: Sequence[Tensor], base: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Parts of the flattened tensors as float32 rows (K, n), less the base's: a new block each, free to be changed."""
     flat = [tensor.flatten() for tensor in tensors]
     flat_base = None if base is None else base.flatten()
-    for start in range(0, flat[0].numel(), _CHUNK):
-        part = slice(start, min(start + _CHUNK, flat[0].numel()))
+    for part in _parts(flat[0].numel()):
         rows = torch.empty(len(flat), part.stop - part.start)
         for row, vector in zip(rows, flat, strict=True):
             row.copy_(vector[part])

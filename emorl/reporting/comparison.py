@@ -3,10 +3,11 @@
 
 Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
 its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `search.aggregate: parameters`
-what is called the ensemble averages parameters too. Then the objectives themselves are attacked (evaluation/hacking.py).
+what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a controller, that is compared too.
 """
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emorl.aggregation.ensemble import BASE_POLICY, MIXTURES, ParameterAverage
 from emorl.config import UserError, as_mapping
+from emorl.data import prompt_text
+from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble
 from emorl.evaluation.pareto import front, hypervolume, reference_point
 from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
-from emorl.evaluation.scoring import Evaluation, check_generation, cost_of, evaluate, summarize
+from emorl.evaluation.scoring import Evaluation, check_generation, cost_of, evaluate, score, summarize
 from emorl.experiment import Experiment
 from emorl.objectives.loading import Objective, load_objective, outside_range
 from emorl.policies.loading import load_base, read_policies
@@ -31,12 +34,15 @@ from emorl.reporting.attacks import attack, attacks_missing, load_splits
 from emorl.reporting.results import BASE
 from emorl.runs import Run, only_process, open_run, write_json, written_whole
 from emorl.search.weight_search import check_mode, read_result, search_settings
-from emorl.training.policy import policy_directories, training_settings
+from emorl.training.directories import policy_directories, training_settings
+
+DYNAMIC = "dynamic"
 
 
 @dataclass(frozen=True)
 class System:
-    """One line of the comparison. `kind`: base, policy, ensemble, front or parameter_average; weights by policy name."""
+    """One line of the comparison. `kind`: base, policy, ensemble, front, parameter_average or dynamic; weights by policy
+    name."""
 
     name: str
     kind: str
@@ -59,7 +65,10 @@ def compare(experiment: Experiment, progress: Progress | None = None) -> Path:
     systems = _systems(list(experiment.objectives), found, experiment.evaluate.front_points)
     with only_process(path):
         run = open_run(path, "evaluate", _identity(experiment, systems))
-        if run.finished and not attacks_missing(experiment, path):
+        if best_ensemble(experiment.output) is not None:  # not in the identity: it may come later
+            systems = [*systems, System("dynamic ensemble", DYNAMIC, {})]
+        scored = all(_table_path(path, system).exists() for system in systems)
+        if run.finished and scored and not attacks_missing(experiment, path):
             progress.say(f"evaluate: finished before, in {path}")
             return path
         progress.say(f"evaluate: {len(systems)} systems on {experiment.data.test} test prompts")
@@ -77,7 +86,7 @@ def _identity(experiment: Experiment, systems: Sequence[System]) -> dict[str, An
     how = {key: value for key, value in whole["evaluate"].items() if key not in ("attacks", "references")}
     if how["perplexity_model"] is None:
         del how["perplexity_model"]  # runs from before this key are the same
-    del whole["output"], whole["compare"]
+    del whole["output"], whole["compare"], whole["dynamic"]
     return {
         **whole,
         **training_settings(experiment),
@@ -137,10 +146,13 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
         raise UserError(str(error)) from None
     with progress.bar("evaluate", len(systems), done=len(systems) - len(missing)) as bar:
         for system in missing:
-            model = models[system.kind if system.kind in models else "ensemble"]
-            evaluation = evaluate_weights(
-                experiment, model, base.tokenizer, splits.test, objectives, system.weights, seed=experiment.seed
-            )
+            if system.kind == DYNAMIC:
+                evaluation = _evaluate_dynamic(experiment, splits.test, objectives)
+            else:
+                model = models[system.kind if system.kind in models else "ensemble"]
+                evaluation = evaluate_weights(
+                    experiment, model, base.tokenizer, splits.test, objectives, system.weights, seed=experiment.seed
+                )
             table = evaluation.table
             if language_model is not None:
                 table = with_perplexity(table, language_model, experiment.evaluate.batch)
@@ -151,6 +163,27 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     for line in outside_range(objectives):
         progress.warn(line)
     return run
+
+
+def _evaluate_dynamic(experiment: Experiment, data: Dataset, objectives: Sequence[Objective]) -> Evaluation:
+    """As `evaluate`, of the trained dynamic ensemble, which decodes as it was trained; the last answer to each prompt."""
+    directory = best_ensemble(experiment.output)
+    assert directory is not None, "it is one of the systems"
+    start, ensemble = time.perf_counter(), DynamicEnsemble.from_pretrained(directory)
+    prompts = list(data["prompt"])
+    rows = [
+        {
+            "prompt_index": index,
+            "sample": sample,
+            "prompt": prompt_text(prompts[index]),
+            "completion": a.text,
+            "tokens": a.tokens,
+        }
+        for sample in range(experiment.evaluate.samples)
+        for index, a in ensemble.last_answers(prompts, seed=sample * len(prompts), batch=experiment.evaluate.batch)
+    ]
+    table = score(pd.DataFrame(rows), data, objectives)
+    return Evaluation(table, cost_of(table, len(objectives), time.perf_counter() - start))
 
 
 def evaluate_weights(

@@ -19,6 +19,7 @@ _KINDS = {  # kind -> marker, colour, name in the legend
     "policy": ("square", ORANGE, "policies alone"),
     "parameter_average": ("triangle-up", PURPLE, "parameter average"),
     "ensemble": ("star", VERMILION, "ensembles"),
+    "dynamic": ("diamond", BLUE, "dynamic ensemble"),
 }
 _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
     "front": "top right",
@@ -26,6 +27,7 @@ _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
     "policy": "top center",
     "parameter_average": "bottom center",
     "ensemble": "middle left",
+    "dynamic": "bottom right",
     "ensemble, best found": "top right",
 }
 _VALUES = "Viridis"
@@ -43,6 +45,8 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
     figure = go.Figure([_trial_points(trials, x, y), _trial_front(trials, x, y)])
     for kind, (symbol, colour, name) in _KINDS.items():
         systems = summary[summary["kind"] == kind]
+        if systems.empty:
+            continue
         figure.add_scatter(
             x=systems[x],
             y=systems[y],

@@ -27,7 +27,7 @@ from emorl.reporting.methods import COMBINED
 from emorl.runs import Cost, read_json, written_whole
 from emorl.search.weight_search import read_result
 from emorl.training.callbacks import has_converged
-from emorl.training.policy import POLICY_DIRECTORY, policy_directories
+from emorl.training.directories import POLICY_DIRECTORY, policy_directories
 
 EVALUATION_SEED = 10_000
 """added to the seed where decoding samples: training and search have drawn none of these"""

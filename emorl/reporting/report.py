@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,11 +21,13 @@ from plotly.offline import get_plotlyjs
 from emorl.config import to_yaml
 from emorl.reporting import figures
 from emorl.reporting.findings import objective_findings, systems_alike
+from emorl.reporting.fusion_lines import fusion_lines
 from emorl.reporting.results import BASE, BEST, Results, paired_difference, read_results, validations
 from emorl.runs import write_text
 
 _TEMPLATE = "report.html"
 _PROMPTS = 12
+_CANDIDATES = 10
 _TERNARY_POLICIES = 3
 _ROUNDING = 1e-9  # differences below come from floating point
 _METRICS = {
@@ -92,10 +95,23 @@ def _content(results: Results) -> dict[str, Any]:
         "generations": _generation_rows(results, shown),
         "costs": results.costs.reset_index().to_dict("records"),
         "config": to_yaml(results.experiment),
+        "fusion": [] if results.fusion is None else fusion_lines(results.fusion),
+        "candidates": [] if results.fusion_trials is None else _candidate_rows(results.fusion_trials),
         "metrics": {key: title for key, title in _METRICS.items() if results.summary[key].notna().any()},
         **_hacking(results.hacking),
         **_figures(results),
     }
+
+
+def _candidate_rows(trials: pd.DataFrame) -> list[dict[str, str]]:
+    """The best candidates of a fusion search, best first: which they are, and what they scored."""
+    hidden = ("step_", "error_", "prompts", "seconds", "front")
+    best = trials.nlargest(_CANDIDATES, "value")
+    shown = best[[name for name in best.columns if not name.startswith(hidden)]]
+    return [
+        {name.replace("_", " ", 1): f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        for row in shown.to_dict("records")
+    ]
 
 
 def _hacking(hacking: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -150,7 +166,7 @@ def _listed(words: Sequence[str]) -> str:
 
 def _compared(results: Results) -> list[str]:
     """All systems but the points of the front."""
-    kinds = ["base", "policy", "ensemble", "parameter_average"]
+    kinds = ["base", "policy", "ensemble", "parameter_average", "dynamic"]
     return results.summary.loc[results.summary["kind"].isin(kinds), "system"].tolist()
 
 

@@ -25,7 +25,8 @@ class Results:
     `trials`, `summary` and `completions` are the tables of `search/trials.csv`, `evaluate/summary.csv` and
     `evaluate/completions.parquet`; `search` is the search's `result.json` and `indicators` the comparison's;
     `training` maps an objective to the `result.json` of its policy, if emorl trained it; `hacking` is the comparison's
-    `hacking.json`, None where nothing was attacked. Metrics that a run of an older version lacks are NaN in `summary`.
+    `hacking.json`, None where nothing was attacked; `fusion` and `fusion_trials` are what `emorl fuse` has found in
+    this output, None where it has not run, or not searched. Metrics that a run of an older version lacks are NaN in `summary`.
     """
 
     output: Path
@@ -39,6 +40,8 @@ class Results:
     costs: pd.DataFrame
     versions: Mapping[str, str]
     hacking: Mapping[str, Any] | None = None
+    fusion: Mapping[str, Any] | None = None
+    fusion_trials: pd.DataFrame | None = None
 
     @property
     def objectives(self) -> list[str]:
@@ -75,7 +78,7 @@ def read_results(output: Path) -> Results:
     if not manifest.get("finished"):
         stage = "evaluate" if (output / "search" / "result.json").exists() else "run"
         raise UserError(f"{output} has no finished comparison; run `emorl {stage} {output / 'experiment.yaml'}` first")
-    hacking_path = output / "evaluate" / "hacking.json"
+    hacking_path, fused = output / "evaluate" / "hacking.json", output / "fuse"
     trained = {name: experiment.training_of(name) / "result.json" for name in experiment.objectives}
     return Results(
         output=output,
@@ -89,6 +92,8 @@ def read_results(output: Path) -> Results:
         costs=cost_table(output),
         versions=manifest["versions"],
         hacking=read_json(hacking_path) if hacking_path.exists() else None,
+        fusion=read_json(fused / "result.json") if (fused / "result.json").exists() else None,
+        fusion_trials=pd.read_csv(fused / "trials.csv") if (fused / "trials.csv").exists() else None,
     )
 
 
@@ -104,6 +109,7 @@ def cost_table(output: Path) -> pd.DataFrame:
         **{f"train {name}": experiment.training_of(name) for name in experiment.objectives},
         "search": output / "search",
         "evaluate": output / "evaluate",
+        "fuse": output / "fuse",
     }
     costs = {name: Cost(**read_json(path / "cost.json")) for name, path in stages.items() if (path / "cost.json").exists()}
     costs["total"] = sum(costs.values(), Cost())

@@ -44,24 +44,6 @@ def print_front(result: Mapping[str, Any]) -> None:
     )
 
 
-def fusion_lines(result: Mapping[str, Any]) -> list[str]:
-    """A fusion's `result.json` in words."""
-    if "layers" in result:
-        lines = [f"{layer}: {column}" for layer, column in result["layers"].items()]
-    else:
-        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in result["weights"].items())
-        settings = "".join(f", {name} {value}" for name, value in result.get("settings", {}).items())
-        lines = [f"{result['method']} of {weights}{settings}"]
-    if "scores" in result:
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in result["scores"].items())
-        lines += [
-            f"best of {result['trials']} by {result['proposer']}: {scores}; value {result['value']:.3f}",
-            "These are search scores on the validation prompts, maxima over noisy estimates and so too high.",
-            "on the test prompts: " + ", ".join(f"{name} {score:.3f}" for name, score in result["test"].items()),
-        ]
-    return lines
-
-
 def print_comparison(output: Path) -> None:
     """All systems on the test prompts, hypervolumes, cost and two sample prompts of a compared run directory.
 

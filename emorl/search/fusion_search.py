@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from emorl.config import UserError, as_mapping, nearest
+from emorl.config import UserError, nearest
 from emorl.data import Splits, load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import check_generation, cost_of, generate, mean_and_error, score
@@ -32,8 +32,9 @@ from emorl.policies.adapters import Adapter, read_adapter
 from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
-from emorl.runs import open_run, read_json, write_json, written_whole
+from emorl.runs import open_run, write_json, written_whole
 from emorl.search.coordinate_descent import CoordinateDescent
+from emorl.search.fusion_result import FUSE, finished_fusion, fusion_identity
 from emorl.search.fusion_space import FusionSpace
 from emorl.search.layer_space import LayerSpace
 from emorl.search.moving_set import MovingSet
@@ -43,7 +44,7 @@ from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Valua
 from emorl.search.study import search as run_search
 from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_search import check_mode
-from emorl.training.policy import POLICY_DIRECTORY, policy_directories, training_settings
+from emorl.training.directories import POLICY_DIRECTORY, policy_directories
 
 Q_LEARNING, REINFORCED_MERGING, COORDINATE_DESCENT = "q_learning", "reinforced_merging", "coordinate_descent"
 _OVER_LAYERS = (REINFORCED_MERGING, COORDINATE_DESCENT)
@@ -62,14 +63,14 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
         UserError: policies missing, an unknown method, setting or proposer, a run directory of another fusion.
     """
     progress = progress or Silent()
+    if (finished := finished_fusion(experiment)) is not None:
+        progress.say(f"fuse: finished before, in {finished}")
+        return finished
     check_mode(experiment)
     directories = policy_directories(experiment)
     _check_proposer(experiment, len(directories))
     given = _given(experiment, list(directories))
-    run = open_run(experiment.output / "fuse", "fuse", _identity(experiment))
-    if run.finished and (experiment.fuse.proposer is None or read_fusion(experiment)["trials"] >= experiment.fuse.trials):
-        progress.say(f"fuse: finished before, in {run.path}")
-        return run.path
+    run = open_run(experiment.output / "fuse", FUSE, fusion_identity(experiment))
     adapters = [read_adapter(path, experiment.search.adapter_scale) for path in directories.values()]
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
     if experiment.fuse.proposer is None:
@@ -77,19 +78,21 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
         fusions = dict.fromkeys(modules, given)
     else:
         space = _space(experiment, list(directories), modules)
-        finished, result, fusion_of = _searched(experiment, directories, space, run.path, progress)
-        run = run.with_cost(total_cost(finished))
+        trials, result, fusion_of = _searched(experiment, directories, space, run.path, progress)
+        run = run.with_cost(total_cost(trials))
         fusions = {name: fusion_of(name) for name in modules}
     policy = run.path / POLICY_DIRECTORY
     shutil.rmtree(policy, ignore_errors=True)  # of a smaller search, or of one killed before its result was written
-    _write(adapters, fusions, policy, experiment)
+    _write(adapters, fusions, policy, experiment, _origin(result))
     write_json(run.path / "result.json", result)
     progress.say(f"fuse: the policies {', '.join(directories)} are one in {policy}")
     run.finish()
     return run.path
 
 
-def _write(adapters: Sequence[Adapter], fusions: Mapping[str, Fusion], policy: Path, experiment: Experiment) -> None:
+def _write(
+    adapters: Sequence[Adapter], fusions: Mapping[str, Fusion], policy: Path, experiment: Experiment, origin: str
+) -> None:
     first = next(iter(fusions.values()))
     differ = any(fusion != first for fusion in fusions.values())
     fuse_adapters(
@@ -100,22 +103,20 @@ def _write(adapters: Sequence[Adapter], fusions: Mapping[str, Fusion], policy: P
         energy=experiment.fuse.energy,
         seed=experiment.seed,
         by_module=fusions if differ else None,
+        origin=origin,
     )
 
 
-def read_fusion(experiment: Experiment) -> dict[str, Any]:
-    """What a finished fusion wrote to `result.json`."""
-    return read_json(experiment.output / "fuse" / "result.json")
-
-
-def _identity(experiment: Experiment) -> dict[str, Any]:
-    """Settings that the result depends on; a budget may be raised."""
-    whole = as_mapping(experiment)
-    fuse = {key: value for key, value in whole["fuse"].items() if key != "trials"}
-    what = {**training_settings(experiment), "objectives": whole["objectives"], "fuse": fuse}
-    if experiment.fuse.proposer is not None:
-        what["search"] = {key: whole["search"][key] for key in ("scalarize", "preferences", "samples", "generation")}
-    return {**what, **({} if experiment.policies is None else {"policies": whole["policies"]})}
+def _origin(result: Mapping[str, Any]) -> str:
+    """For the policy's card: which search chose the settings, and what it is worth."""
+    if "proposer" not in result:
+        return ""
+    scores = {where: ", ".join(f"{name} {score:.3f}" for name, score in result[where].items()) for where in ("scores", "test")}
+    return (
+        f"Chosen by {result['proposer']} among {result['trials']} candidates, for a value of {result['value']:.3f} on the "
+        f"validation prompts ({scores['scores']}), too high as the best of many. On the test prompts, which the search did not "
+        f"see: {scores['test']}."
+    )
 
 
 def _given(experiment: Experiment, names: Sequence[str]) -> Fusion:
@@ -183,13 +184,17 @@ def _searched(
             "scores": dict(zip(experiment.objectives, trial.scores, strict=True)),
             "value": best,
             "trials": len(finished),
+            "budget": config.trials,
         }
         fusion_of = space.fusion_of(trial.params)
         result["test"] = evaluator.test_scores(fusion_of)
         if evaluator.moving_set is not None:
-            result["holdout"] = evaluator.holdout_scores(fusion_of)
+            result["holdout"], result["holdout_errors"] = evaluator.holdout_scores(fusion_of)
+    table = trials_table(finished, list(experiment.objectives), values)
+    if isinstance(space, LayerSpace):
+        table.insert(1, "plan", [space.in_words(trial.params) for trial in finished])
     with written_whole(path / "trials.csv") as temporary:
-        trials_table(finished, list(experiment.objectives), values).to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False)
     return finished, result, fusion_of
 
 
@@ -272,11 +277,13 @@ class FusionEvaluator:
             means, errors, notes = found.score.tolist(), found.error.tolist(), {**notes, **noted}
         return Scored(tuple(means), {"errors": errors, **notes})
 
-    def holdout_scores(self, fusion_of: FusionOf) -> dict[str, float]:
-        """Objective -> score on the prompts that no candidate answered."""
+    def holdout_scores(self, fusion_of: FusionOf) -> tuple[dict[str, float], dict[str, float]]:
+        """Objective -> score on the prompts that no candidate answered, and its standard error."""
         assert self.moving_set is not None
         by_item = self._answered(fusion_of, self.moving_set.holdout).groupby("prompt_index")[self._names].mean().to_numpy()
-        return dict(zip(self._names, self.moving_set.on_holdout(by_item).score.tolist(), strict=True))
+        found = self.moving_set.on_holdout(by_item)
+        scores, errors = (dict(zip(self._names, values.tolist(), strict=True)) for values in (found.score, found.error))
+        return scores, errors
 
     def test_scores(self, fusion_of: FusionOf) -> dict[str, float]:
         """Objective -> score on the test prompts, which neither training nor search saw."""

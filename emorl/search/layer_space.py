@@ -1,6 +1,7 @@
 """Candidates that say, layer by layer, which policy's adapter counts there, or which merge of all: RMM's merging maps
 (arXiv 2503.21272) of LoRA policies. Depth stays, so that the result is an adapter of the same base."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ class LayerSpace:
                 f"{stack}.{number}": names[column] for (stack, number), (_, column) in zip(self.layers, plan, strict=True)
             }
         }
+
+    def in_words(self, params: Params) -> str:
+        """The columns of the layers, from the first to the last, such as `slerp, 2 x empathy, slerp`."""
+        runs = [(name, len(list(same))) for name, same in itertools.groupby(self.describe(params)["layers"].values())]
+        return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in runs)
 
 
 def _layer_of(module: str) -> tuple[str, int] | None:

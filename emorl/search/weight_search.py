@@ -30,7 +30,7 @@ from emorl.search.study import search as run_search
 from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
 from emorl.search.weight_space import WeightSpace
-from emorl.training.policy import policy_directories, training_settings
+from emorl.training.directories import policy_directories, training_settings
 
 STUDY_NAME = "weights"
 GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}

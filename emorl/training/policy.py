@@ -13,14 +13,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel
 
-from emorl.config import UserError, as_mapping
+from emorl.config import as_mapping
 from emorl.evaluation.scoring import check_generation
-from emorl.experiment import Experiment, TrainConfig
+from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives, outside_range
 from emorl.progress import Progress, Silent
 from emorl.runs import Run, only_process, open_run, write_json
 from emorl.training.callbacks import CollapseCallback, CostCallback, ProgressCallback
 from emorl.training.checkpoints import last_complete_checkpoint
+from emorl.training.directories import POLICY_DIRECTORY, policy_directories, training_settings
 from emorl.training.dynaopt import SCORE
 from emorl.training.modes import PolicyPlan, plan_of
 from emorl.training.trainers import (
@@ -33,10 +34,6 @@ from emorl.training.trainers import (
     prompts_per_step,
     trainer_config,
 )
-
-POLICY_DIRECTORY = "policy"
-_POLICY_FILES = ("policy.json", "adapter_config.json")  # ours, or an adapter that something else trained
-_LATER_SETTINGS = ("mode", "preferences", "tuning", "scst", "dynaopt")  # runs from before them are the same at their defaults
 
 
 def train(experiment: Experiment, name: str, progress: Progress | None = None) -> Path:
@@ -63,34 +60,6 @@ def train(experiment: Experiment, name: str, progress: Progress | None = None) -
         return _train_as(experiment, plan, config, lora, None, progress)
     with only_process(path):
         return _train_as(experiment, plan, config, lora, open_run(path, "train", _identity(experiment, plan)), progress)
-
-
-def policy_directories(experiment: Experiment) -> dict[str, Path]:
-    """Name -> directory of each finished policy, in the objectives' order.
-
-    Raises:
-        UserError: a policy has not been trained yet.
-    """
-    directories = {name: experiment.training_of(name) / POLICY_DIRECTORY for name in experiment.policy_names}
-    missing = [
-        name for name, directory in directories.items() if not any((directory / file).is_file() for file in _POLICY_FILES)
-    ]
-    if missing:
-        where = experiment.policies or experiment.output
-        raise UserError(
-            f"no trained policy for {', '.join(missing)} in {where}; run `emorl train` first, or give `policies`, the output "
-            "of the experiment that trained them"
-        )
-    return directories
-
-
-def training_settings(experiment: Experiment) -> dict[str, Any]:
-    """What trained policies depend on beside their objectives: search and report settings do not matter."""
-    whole, defaults = as_mapping(experiment), as_mapping(TrainConfig())
-    train = {key: value for key, value in whole["train"].items() if key not in _LATER_SETTINGS or value != defaults[key]}
-    if experiment.train.mode != "dynaopt":
-        train.pop("dynaopt", None)
-    return {**{key: whole[key] for key in ("base", "data", "generation", "seed")}, "train": train}
 
 
 def _identity(experiment: Experiment, plan: PolicyPlan) -> dict[str, Any]:

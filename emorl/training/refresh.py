@@ -28,7 +28,8 @@ from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.reward_experiment import RefreshExperiment, RewardExperiment
 from emorl.runs import only_process, open_run, read_json, write_json, write_text
-from emorl.training.policy import policy_directories, train
+from emorl.training.directories import policy_directories
+from emorl.training.policy import train
 from emorl.training.reward_data import Graded, load_graded
 from emorl.training.reward_model import MODEL_DIRECTORY, read_figures, train_reward
 

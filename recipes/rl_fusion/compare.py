@@ -23,7 +23,8 @@ from emorl.objectives.loading import load_objective
 from emorl.policies.loading import load_base, load_tokenizer
 from emorl.policies.prompts import is_chat
 from emorl.runs import written_whole
-from emorl.search.fusion_search import fuse_policies, read_fusion
+from emorl.search.fusion_result import read_fusion
+from emorl.search.fusion_search import fuse_policies
 from emorl.search.weight_search import silence_optuna
 
 SEARCHES = ("q_learning", "random", "tpe", "cma_es", "reinforced_merging", "coordinate_descent")

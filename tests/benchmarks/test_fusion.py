@@ -10,7 +10,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks import fusion
-from benchmarks.fusion import JOBS, commands, compare, fuse_in_memory, load_models, main, make_checkpoints, merge_file, run
+from benchmarks.fusion import (
+    JOBS,
+    commands,
+    compare,
+    fuse_in_memory,
+    load_models,
+    loaded_fusion,
+    main,
+    make_checkpoints,
+    merge_file,
+    run,
+)
 from emorl.fusion.mergekit_file import mergekit_fusion
 from emorl.fusion.recipe import fuse
 from emorl.fusion.tensor_files import WEIGHTS_NAME
@@ -34,7 +45,9 @@ def test_ours_and_mergekit_s_results_are_the_same_and_so_is_what_is_fused_in_mem
     assert difference.apart == 0
     assert difference.largest < 1e-6
     written = load_file(ours / WEIGHTS_NAME)
-    in_memory = fuse_in_memory(what, *load_models(what))
+    loaded = loaded_fusion(what)
+    assert fuse_in_memory(loaded, what, "wall") > 0
+    in_memory = dict(loaded.model.named_parameters())
     assert in_memory.keys() == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in in_memory.items())
 

@@ -198,3 +198,13 @@ def test_parity_with_mergekit():
     divisor[divisor.abs() < 1e-8] = 1
     theirs = base + (weighted * mask).sum(0) / divisor
     torch.testing.assert_close(fuse("ties", tensors, weights, base, density=density), theirs, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", OPERATORS)
+def test_what_is_written_to_a_given_tensor_is_what_is_returned(method, dtype):
+    base, *tensors = [random(7, BIG // 7, seed=seed).to(dtype) for seed in range(3)]
+    fusion = Fusion(method, (0.0, 1.0) if method == "keep" else (0.5, 0.5))
+    given, out = base if OPERATORS[method].needs_base else None, torch.full_like(base, torch.nan, dtype=torch.float32)
+    assert fuse_tensor(fusion, tensors, given, out=out) is out
+    assert torch.equal(out, fuse_tensor(fusion, tensors, given))

@@ -36,7 +36,7 @@ def _trace(figure, name):
 
 def test_front_has_a_trace_per_kind_of_system_with_its_error_bars():
     figure = front_figure(TRIALS, SUMMARY, "a", "b")
-    assert len(figure.data) == 2 + 5
+    assert len(figure.data) == 2 + 4  # nobody averaged parameters
     policies = _trace(figure, "policies alone")
     assert (list(policies.x), list(policies.y)) == ([0.8, 0.2], [0.1, 0.7])
     assert (list(policies.error_x.array), list(policies.error_y.array)) == ([0.02, 0.03], [0.07, 0.08])

@@ -216,6 +216,27 @@ def test_a_run_without_comparison_is_refused_and_nothing_written(finished_run, t
     assert not (copy / "report").exists()
 
 
+def test_a_fusion_search_in_the_same_output_is_shown(finished_run, tmp_path, page):
+    assert "fusion" not in page.tables
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    scores = dict.fromkeys(OBJECTIVES, 0.5)
+    found = {"layers": {"layers.0": "slerp", "layers.1": "<b>empathy"}, "proposer": "coordinate_descent", "trials": 2}
+    write_json(copy / "fuse" / "result.json", {**found, "scores": scores, "value": 0.5, "test": scores})
+    write_json(copy / "fuse" / "cost.json", {"prompts": 7})
+    candidates = {"trial": [0, 1], "plan": ["2 x slerp", "slerp, empathy"], "step_00": [3, 3], "score_empathy": [0.4, 0.6]}
+    pd.DataFrame({**candidates, "error_empathy": 0.1, "value": [0.4, 0.5]}).to_csv(copy / "fuse" / "trials.csv", index=False)
+    text = write_report(copy).read_text(encoding="utf-8")
+    shown = _Page(text)
+    assert shown.tables["fusion"] == [
+        ["trial", "plan", "score empathy", "value"],
+        ["1", "slerp, empathy", "0.600", "0.500"],
+        ["0", "2 x slerp", "0.400", "0.400"],
+    ]
+    assert "best of 2 by coordinate_descent: reflection 0.500" in text
+    assert "layers.1: &lt;b&gt;empathy" in text
+    assert [row[1] for row in shown.tables["cost"] if row[0] == "fuse"] == ["7"]
+
+
 def test_writing_again_gives_the_same_report(finished_run, html):
     again = write_report(finished_run).read_text(encoding="utf-8")
     identifiers = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}")

@@ -1,6 +1,9 @@
 """The fusion stage: given or searched settings become one PEFT adapter, and what was searched in memory is what is written."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from emorl.objectives.loading import load_objective
 from emorl.policies.adapters import read_adapter
 from emorl.policies.loading import load_base
 from emorl.search import fusion_search
-from emorl.search.fusion_search import fuse_policies, read_fusion
+from emorl.search.fusion_result import read_fusion
+from emorl.search.fusion_search import fuse_policies
 from emorl.search.study import finished_trials, open_study
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -76,6 +80,13 @@ def test_what_was_searched_is_what_is_written(experiment, proposer):
     found = evaluate(policy, base.tokenizer, data, objectives, searched.generation).table
     for name, score in result["scores"].items():
         assert found[name].mean() == pytest.approx(score, abs=1e-6)
+    card = (run / "policy" / "README.md").read_text()
+    assert f"Chosen by {proposer} among 8 candidates, for a value of {result['value']:.3f} on the validation prompts" in card
+    assert f"On the test prompts, which the search did not see: e {result['test']['e']:.3f}, a " in card
+    if "layers" in result:
+        assert set(", ".join(table["plan"]).split(", ")) <= {
+            f"{n}{name}" for n in ("", "2 x ") for name in ("e", "a", "slerp", "ties")
+        }
 
 
 def test_an_interrupted_search_goes_on_and_a_finished_one_is_left(experiment):
@@ -113,7 +124,7 @@ def test_a_moving_evaluation_set_is_resumed_and_reports_its_holdout(experiment, 
     assert sets[0]["version"] == 0
     assert sets[-1]["version"] > 0
     assert len({sum(one["counts"]) for one in sets}) == 1
-    assert read_fusion(moving)["holdout"].keys() == {"e", "a"}
+    assert read_fusion(moving)["holdout"].keys() == read_fusion(moving)["holdout_errors"].keys() == {"e", "a"}
 
     stopped = replace(moving, output=moving.output.parent / "stopped", policies=moving.output)
     answered, calls = fusion_search.FusionEvaluator._answered, []
@@ -150,6 +161,53 @@ def test_given_settings_by_the_command_line(experiment, capsys, tmp_path):
         torch.testing.assert_close(fused.factors[name][0] @ fused.factors[name][1], a @ b)
 
 
+def test_a_finished_search_is_repeated_without_a_model_and_one_of_an_earlier_version_too(experiment, capsys, tmp_path):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(to_yaml(with_fuse(experiment, proposer="coordinate_descent", trials=60)))
+    assert main(["fuse", str(path), "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["trials"] < first["budget"] == 60  # nothing better was left to try
+    command = "import sys; from emorl.cli import main; main(sys.argv[1:]); assert not {'torch', 'optuna'} & set(sys.modules)"
+    again = subprocess.run([sys.executable, "-c", command, "fuse", path, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == first
+    assert "finished before" in again.stderr
+    result = experiment.output / "fuse" / "result.json"
+    result.write_text(json.dumps({key: value for key, value in first.items() if key not in ("test", "policy", "budget")}))
+    assert main(["fuse", str(path), f"fuse.trials={first['trials']}"]) == 0
+    assert f"best of {first['trials']} by coordinate_descent" in capsys.readouterr().out
+    assert main(["fuse", str(path), "seed=1"]) == 2
+    assert "holds a run with other settings (seed: 0 -> 1)" in capsys.readouterr().err
+
+
+def test_the_fused_policy_answers_prompts(experiment, capsys, tmp_path):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(to_yaml(with_fuse(experiment, weights={"e": 1})))
+    assert main(["fuse", str(path)]) == 0
+    shutil.rmtree(experiment.output / "train" / "a")  # the fused policy needs none of those it was made of
+    policy = experiment.output / "fuse" / "policy"
+    answers = []
+    for folder in (experiment.output, policy, experiment.training_of("e") / "policy"):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "--prompt", "say yes 1", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1] == {**answers[2], "policy": str(policy)}
+    assert main(["generate", str(policy), "--prefer", "e=1", "--prompt", "say yes 1"]) == 2
+    assert "is one policy, without a front to choose from; leave --prefer out" in capsys.readouterr().err
+
+
+def test_a_fused_checkpoint_answers_prompts(experiment, capsys, tmp_path):
+    base = Path(experiment.base.model)
+    file = {"output": str(tmp_path / "fused"), "models": {"one": str(base), "two": str(base)}}
+    (tmp_path / "checkpoints.yaml").write_text(yaml.safe_dump(file))
+    assert main(["fuse", str(tmp_path / "checkpoints.yaml")]) == 0
+    lines = []
+    for folder in (base, tmp_path / "fused"):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "--prompt", "say yes 1"]) == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+
+
 def test_mistakes_are_one_line(experiment, capsys, tmp_path):
     with pytest.raises(UserError, match="no proposer is called 'q_learnin'; did you mean 'q_learning'"):
         fuse_policies(with_fuse(experiment, proposer="q_learnin"))
@@ -178,6 +236,14 @@ def test_a_loaded_model_is_fused_in_place_and_only_where_something_changed(make_
     assert loaded.apply(lambda name: keep if name in inside else Fusion(method, weights)) == len(inside)
     for name, value in base.named_parameters():
         assert torch.equal(value, states[2][name] if name in inside else first[name]), name
+
+
+def test_a_loaded_model_in_bfloat16_gets_the_rounded_fusion(make_causal_model):
+    merged, *models = [make_causal_model("llama", seed=seed).bfloat16() for seed in range(3)]
+    loaded_models(merged, [model.state_dict() for model in models]).apply(lambda name: Fusion("linear", (0.25, 0.75)))
+    one, two = (dict(model.named_parameters()) for model in models)
+    for name, value in merged.named_parameters():
+        assert torch.equal(value, (0.25 * one[name].float() + 0.75 * two[name].float()).bfloat16()), name
 
 
 def test_loaded_adapters_equal_the_written_one(experiment):

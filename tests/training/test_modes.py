@@ -15,8 +15,9 @@ from emorl.evaluation.scoring import generate
 from emorl.experiment import BaseConfig, CollapseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
 from emorl.policies.adapters import read_adapter
 from emorl.policies.loading import load_base
+from emorl.training.directories import policy_directories
 from emorl.training.modes import plan_of
-from emorl.training.policy import policy_directories, train
+from emorl.training.policy import train
 from emorl.training.trainers import prompts_per_step, trainer_config
 
 pytestmark = [

@@ -28,7 +28,8 @@ from emorl.experiment import (
 )
 from emorl.policies.adapters import read_adapter
 from emorl.progress import Silent
-from emorl.training.policy import policy_directories, train
+from emorl.training.directories import policy_directories
+from emorl.training.policy import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed

@@ -1,0 +1,254 @@
+"""The dynamic ensemble as one thing: models, a controller, and how it writes; saved as the agent and references to the models.
+
+ensemble = DynamicEnsemble.from_pretrained("runs/mine/dynamic/ppo/ensemble")
+ensemble.generate(["What is 17 + 25?"])[0].text
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from safetensors.torch import load_file, save_file
+
+from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.config import UserError, nearest
+from emorl.dynamic.agent import Agent
+from emorl.dynamic.engine import Decoding, Engine
+from emorl.dynamic.observation import Controller
+from emorl.dynamic.rollout import Answer, Rollout, Turns, write
+from emorl.dynamic.stacked import StackedEngine
+from emorl.dynamic.union import UnionEngine
+from emorl.dynamic_experiment import AgentConfig, DynamicConfig
+from emorl.experiment import BaseConfig, Experiment
+from emorl.policies.loading import load_base, read_policies
+from emorl.policies.prompts import is_chat
+from emorl.runs import read_json, written_whole_directory
+from emorl.training.directories import policy_directories
+
+AGENT_FILE, DYNAMIC_FILE = "agent.safetensors", "dynamic.json"
+ENSEMBLE = "ensemble"
+"""directory of a trained one, in its agent's run"""
+_BATCH = 64
+_DECODING_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p")
+
+
+def decoding_of(generation: Mapping[str, Any], seed: int) -> Decoding:
+    """A `Decoding` from transformers' generation settings.
+
+    Raises:
+        UserError: a setting that a dynamic ensemble does not know, such as beams.
+    """
+    for name in generation:
+        if name not in _DECODING_KEYS:
+            raise UserError(
+                f"generation.{name}: a dynamic ensemble decodes greedily or samples; {nearest(name, _DECODING_KEYS)}"
+            )
+    samples = bool(generation.get("do_sample", False))
+    try:
+        return Decoding(
+            int(generation.get("max_new_tokens", 64)),
+            float(generation.get("temperature", 1.0)) if samples else 0.0,
+            float(generation.get("top_p", 1.0)) if samples else 1.0,
+            seed,
+        )
+    except ValueError as error:
+        raise UserError(f"generation: {error}") from None
+
+
+def model_references(experiment: Experiment) -> dict[str, str]:
+    """Name -> where its adapter or model is, in the order of the weights.
+
+    Raises:
+        UserError: policies that are not trained yet, adapters and whole models mixed.
+    """
+    models = experiment.dynamic.models
+    if not models:
+        return {name: str(path) for name, path in policy_directories(experiment).items()}
+    adapters = [name for name, place in models.items() if _is_adapter(place)]
+    if adapters and len(adapters) < len(models):
+        other = next(name for name in models if name not in adapters)
+        raise UserError(
+            f"dynamic.models: {adapters[0]} is a LoRA adapter of the base and {other} a model of its own; give adapters "
+            "only, or whole models only"
+        )
+    return dict(models)
+
+
+def load_engine(
+    models: Mapping[str, str], base: BaseConfig, *, vocabulary: Literal["top_k", "full"] = "top_k", top_k: int = 10
+) -> Engine:
+    """The engine of some models: stacked where all are adapters of the base, else by the union of their vocabularies.
+
+    Raises:
+        UserError: a model that cannot be loaded, or that cannot write with the others.
+    """
+    try:
+        if all(_is_adapter(place) for place in models.values()):
+            loaded = load_base(base)
+            policies = read_policies({name: Path(place) for name, place in models.items()}, loaded)
+            return StackedEngine(HiddenStateEnsemble(loaded.model, policies), loaded.tokenizer)
+        each = [load_base(replace(base, model=place)) for place in models.values()]
+        return UnionEngine(
+            [one.model for one in each],
+            [one.tokenizer for one in each],
+            names=tuple(models),
+            vocabulary=vocabulary,
+            top_k=top_k,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _is_adapter(place: str) -> bool:
+    return (Path(place) / "adapter_config.json").is_file()
+
+
+class DynamicEnsemble:
+    """Models that write together under a controller.
+
+    Args:
+        agent: what chooses the weights; any `Controller` will do, but only an `Agent` can be saved.
+        references: what `load_engine` was given, for saving.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        agent: Controller,
+        decoding: Decoding,
+        *,
+        span: int | Literal["turn"] = 8,
+        turns: Turns = "last",
+        references: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.engine, self.agent, self.decoding = engine, agent, decoding
+        self.span: int | Literal["turn"] = span
+        self.turns: Turns = turns
+        self.references = references
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        span: int | Literal["turn"] | None = None,
+        seeds: Sequence[int] | None = None,
+        batch: int = _BATCH,
+        **decoding: Any,
+    ) -> list[Answer]:
+        """One answer to each prompt (text or conversation), in order; of a dialogue answered whole (`turns` all) one for each
+        of its user turns.
+
+        Args:
+            decoding: fields of `Decoding` that replace the ensemble's own, such as max_new_tokens.
+        """
+        return self.rollout(prompts, span=span, seeds=seeds, batch=batch, **decoding).answers
+
+    def rollout(
+        self,
+        prompts: Sequence[Any],
+        *,
+        span: int | Literal["turn"] | None = None,
+        seeds: Sequence[int] | None = None,
+        batch: int = _BATCH,
+        **decoding: Any,
+    ) -> Rollout:
+        """As `generate`, with the seconds it took."""
+        found = Rollout()
+        seeds = list(range(len(prompts)) if seeds is None else seeds)
+        for start in range(0, len(prompts), batch):
+            part = write(
+                self.engine,
+                prompts[start : start + batch],
+                self.agent,
+                replace(self.decoding, **decoding),
+                span=self.span if span is None else span,
+                turns=self.turns,
+                seeds=seeds[start : start + batch],
+            )
+            found.answers += [replace(answer, row=answer.row + start) for answer in part.answers]
+            found.seconds += part.seconds
+            found.controller_seconds += part.controller_seconds
+        return found
+
+    def last_answers(self, prompts: Sequence[Any], *, seed: int = 0, batch: int = _BATCH) -> Iterator[tuple[int, Answer]]:
+        """(index of the prompt, its answer); of a dialogue answered whole, the answer to its last user turn."""
+        found = self.generate(prompts, seeds=[seed + index for index in range(len(prompts))], batch=batch)
+        last = {answer.row: answer for answer in found}
+        yield from sorted(last.items())
+
+    def as_prompt(self, text: str) -> Any:
+        """A user's text as a prompt: one turn of a conversation where the base has a chat template."""
+        is_conversation = isinstance(self.engine, StackedEngine) and is_chat(self.engine.tokenizer)
+        return [{"role": "user", "content": text}] if is_conversation else text
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `agent.safetensors` and `dynamic.json`, which refers to the models (local ones by paths relative to the
+        directory): whole, or not at all."""
+        if not isinstance(self.agent, Agent) or self.references is None:
+            raise ValueError("Only an ensemble with an Agent and references to its models can be saved.")
+        directory = Path(directory).resolve()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        described = {
+            "kind": self.agent.kind,
+            "models": {name: _relative(place, directory) for name, place in self.references["models"].items()},
+            "base": {**self.references["base"], "model": _relative(self.references["base"]["model"], directory)},
+            "vocabulary": self.references["vocabulary"],
+            "top_k": self.references["top_k"],
+            "agent": asdict(self.agent.config),
+            "span": self.span,
+            "turns": self.turns,
+            "decoding": asdict(self.decoding),
+        }
+        with written_whole_directory(directory) as temporary:
+            save_file(dict(self.agent.trained_state()), temporary / AGENT_FILE)
+            (temporary / DYNAMIC_FILE).write_text(json.dumps(described, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Loads what `save_pretrained` wrote.
+
+        Raises:
+            UserError: nothing there, a model that has gone.
+        """
+        directory = Path(directory).resolve()
+        if not (directory / DYNAMIC_FILE).is_file():
+            raise UserError(f"{directory} holds no dynamic ensemble (no dynamic.json in it); run `emorl dynamic` first")
+        said = read_json(directory / DYNAMIC_FILE)
+        models = {name: _located(place, directory) for name, place in said["models"].items()}
+        base = {**said["base"], "model": _located(said["base"]["model"], directory)}
+        engine = load_engine(models, BaseConfig(**base), vocabulary=said["vocabulary"], top_k=said["top_k"])
+        agent = Agent(said["kind"], len(models), engine.state_width, AgentConfig(**said["agent"]))
+        agent.load_state_dict(load_file(directory / AGENT_FILE), strict=False)
+        references = {"models": models, "base": base, "vocabulary": said["vocabulary"], "top_k": said["top_k"]}
+        return cls(engine, agent, Decoding(**said["decoding"]), span=said["span"], turns=said["turns"], references=references)
+
+
+def best_ensemble(output: Path) -> Path | None:
+    """Directory of the trained controller that was best on the validation prompts; None before there is one."""
+    found = {
+        directory.parent / ENSEMBLE: read_json(directory)["validation"]
+        for directory in sorted((output / "dynamic").glob("*/result.json"))
+        if (directory.parent / ENSEMBLE).is_dir()
+    }
+    return max(found, key=lambda directory: found[directory]) if found else None
+
+
+def references_of(models: Mapping[str, str], base: BaseConfig, config: DynamicConfig) -> dict[str, Any]:
+    """What `DynamicEnsemble` needs to be saved."""
+    return {"models": dict(models), "base": asdict(base), "vocabulary": config.vocabulary, "top_k": config.top_k}
+
+
+def _relative(place: str, directory: Path) -> str:
+    return f"./{os.path.relpath(Path(place).resolve(), directory)}" if Path(place).is_dir() else place
+
+
+def _located(place: str, directory: Path) -> str:
+    if not place.startswith("./"):
+        return place
+    path = (directory / place).resolve()
+    if not path.is_dir():
+        raise UserError(f"{directory / 'dynamic.json'} refers to {path}, which has gone; put it back or correct it")
+    return str(path)

@@ -1,0 +1,59 @@
+"""The agent's reading: any transformers encoder over prompt and recent text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from emorl.config import UserError
+
+
+class TextEncoder(nn.Module):
+    """Mean of the last hidden states over a text's tokens. Frozen, or with a LoRA adapter that learns.
+
+    Raises:
+        UserError: no such encoder, or settings that peft refuses.
+    """
+
+    def __init__(self, name: str, context: int, lora: Mapping[str, Any] | None = None, seed: int = 0) -> None:
+        super().__init__()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model: Any = AutoModel.from_pretrained(name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"dynamic.agent.encoder {name!r} cannot be loaded from safetensors: {reason:.160}") from None
+        self._positions = min(context, getattr(model.config, "max_position_embeddings", context) or context)
+        self.width: int = model.config.hidden_size
+        self.is_tuned = lora is not None
+        model.requires_grad_(False)
+        if lora is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                try:
+                    model = get_peft_model(model, LoraConfig(**lora))
+                except (TypeError, ValueError) as error:
+                    raise UserError(f"dynamic.agent.lora: {str(error).splitlines()[0]:.200}") from None
+        self.model = model.eval()
+
+    def tokenize(self, texts: Sequence[str], *, keep_end: bool) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, context), padded to one length; of a longer text its end, or its beginning."""
+        self.tokenizer.truncation_side = "left" if keep_end else "right"
+        found = self.tokenizer(
+            list(texts), truncation=True, max_length=self._positions, padding="max_length", return_tensors="pt"
+        )
+        return found["input_ids"], found["attention_mask"]
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Features (B, E) in float32 of ids and mask (B, T); an empty text is zeros."""
+        used = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1
+        first = int(mask.any(0).nonzero().min()) if bool(mask.any()) else 0
+        ids, mask = ids[:, first:used], mask[:, first:used]
+        device = next(self.model.parameters()).device
+        with torch.set_grad_enabled(self.is_tuned and torch.is_grad_enabled()):
+            states = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float()
+        weight = mask.to(device)[..., None].float()
+        return (states * weight).sum(1) / weight.sum(1).clamp(min=1)

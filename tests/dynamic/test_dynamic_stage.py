@@ -1,0 +1,204 @@
+"""`emorl dynamic` from its experiment file to an answer: training, resuming, comparison, the artifact, two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("torchrl", reason="needs the extra rl")
+
+from emorl import cli
+from emorl.config import UserError
+from emorl.dynamic import ppo
+from emorl.dynamic.comparison import read_dynamic, run_dynamic
+from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble, decoding_of, model_references
+from emorl.dynamic.fixed_weights import best_of, weight_grid
+from emorl.dynamic.observation import FixedWeights
+from emorl.experiment import Experiment, load_experiment
+from emorl.policies.loading import load_base
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base_dir: Path, write_adapter: Callable[..., Path]) -> Path:
+    """Adapters, prompts, and an experiment that takes seconds."""
+    root = tmp_path_factory.mktemp("dynamic")
+    base = load_base(load_experiment(_experiment(root, tiny_base_dir)).base).model
+    for seed, name in enumerate("ab"):
+        write_adapter(base, root / name, seed=seed)
+    rows = [{"prompt": f"Tell me about the number {number}, please."} for number in range(40)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def _experiment(root: Path, base: Path) -> Path:
+    file = root / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {root}/run
+base: {{model: {base}}}
+data: {{path: {root}/prompts.jsonl, validation: 6, test: 6}}
+objectives: {{varied: distinct_2}}
+generation: {{max_new_tokens: 12}}
+dynamic:
+  models: {{a: {root}/a, b: {root}/b}}
+  span: 4
+  spans: [4, 8]
+  fixed_step: 0.5
+  agent: {{hidden: 8}}
+  ppo: {{updates: 4, prompts: 6, checkpoint: 2}}
+"""
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Experiment:
+    experiment = load_experiment(folder / "experiment.yaml")
+    run_dynamic(experiment)
+    return experiment
+
+
+def test_the_comparison_has_all_rivals(finished: Experiment) -> None:
+    result = read_dynamic(finished.output)
+    names = [system["name"] for system in result["systems"]]
+    rivals = ["a alone", "b alone", "equal weights", "best fixed weights", "router per prompt", "oracle router"]
+    assert sorted(names) == sorted([*rivals, "RLAE-PPO", "RLAE-MAPPO", f"RLAE-{result['best'].upper()}"])
+    by_name = {system["name"]: system for system in result["systems"]}
+    assert by_name["best fixed weights"]["gain"] == 0
+    assert by_name["oracle router"]["value"] >= max(by_name["a alone"]["value"], by_name["b alone"]["value"])
+    assert all(system["tokens_per_second"] > 0 for name, system in by_name.items() if name != "oracle router")
+    assert by_name["a alone"]["mean_weights"] == {"a": 1, "b": 0}
+
+
+def test_answers_are_kept_with_their_weights(finished: Experiment) -> None:
+    answers = pd.read_parquet(finished.output / "dynamic" / "comparison" / "answers.parquet")
+    assert set(answers.groupby(["system", "span"]).size()) == {6}
+    spans = answers[(answers["system"] == "RLAE-PPO") & (answers["span"] == "4")]
+    for _, answer in spans.iterrows():
+        assert len(answer["weights"]) == -(-answer["tokens"] // 4)
+        for weights in answer["weights"]:
+            assert sum(weights) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_saved_ensemble_answers_as_before_also_where_it_was_moved(finished: Experiment, tmp_path: Path) -> None:
+    directory = best_ensemble(finished.output)
+    assert directory is not None
+    prompts = ["Tell me a story.", "And now?"]
+    first = DynamicEnsemble.from_pretrained(directory)
+    again = DynamicEnsemble.from_pretrained(directory)
+    assert first.generate(prompts) == again.generate(prompts)
+    assert [answer.text for answer in first.generate(prompts[:1])] == [first.generate(prompts)[0].text]
+    assert len(first.generate(prompts, max_new_tokens=3)[0].weights) == 1
+    first.save_pretrained(tmp_path / "copy")
+    moved = DynamicEnsemble.from_pretrained(tmp_path / "copy")
+    assert moved.generate(prompts) == first.generate(prompts)
+
+
+def test_a_finished_run_is_skipped_and_other_settings_are_refused(finished: Experiment) -> None:
+    before = (finished.output / "dynamic" / "comparison" / "result.json").stat().st_mtime_ns
+    run_dynamic(finished)
+    assert (finished.output / "dynamic" / "comparison" / "result.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="other settings"):
+        run_dynamic(replace(finished, seed=5))
+
+
+def test_an_interrupted_training_goes_on_to_the_same_agent(
+    finished: Experiment, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = load_experiment(folder / "experiment.yaml", [f"output={folder}/interrupted", "dynamic.agents=[ppo]"])
+    learn, calls = ppo.Learner.learn, []
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return learn(self, *arguments)
+
+    monkeypatch.setattr(ppo.Learner, "learn", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_dynamic(experiment)
+    monkeypatch.undo()
+    run_dynamic(experiment)
+    whole, resumed = (output / "dynamic" / "ppo" / "log.jsonl" for output in (finished.output, experiment.output))
+    assert resumed.read_text() == whole.read_text()
+    assert len(whole.read_text().splitlines()) == 4
+
+
+def test_the_command_line_trains_and_answers(finished: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["dynamic", str(folder / "experiment.yaml")]) == 0
+    assert "| RLAE-PPO | 4 |" in capsys.readouterr().out
+    assert cli.main(["generate", str(best_ensemble(finished.output)), "--json", "--prompt", "Hello"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said) == {"prompt", "completion", "tokens", "weights"}
+    assert set(said["weights"][0]) == {"a", "b"}
+
+
+def test_two_processes_share_the_texts_and_find_the_same(finished: Experiment, folder: Path) -> None:
+    output = folder / "distributed"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731", "-m", "emorl"]
+    arguments = ["dynamic", str(folder / "experiment.yaml"), f"output={output}", "dynamic.agents=[ppo]", "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    alone = [json.loads(line) for line in (finished.output / "dynamic" / "ppo" / "log.jsonl").read_text().splitlines()]
+    shared = [json.loads(line) for line in (output / "dynamic" / "ppo" / "log.jsonl").read_text().splitlines()]
+    for first, second in zip(alone, shared, strict=True):
+        assert second == pytest.approx(first, abs=1e-4)
+
+
+def test_the_grid_has_single_models_first_and_each_point_once() -> None:
+    grid = weight_grid(3, 0.25)
+    assert grid[:4].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], pytest.approx([1 / 3] * 3)]
+    assert len(grid) == 16
+    assert len(grid.unique(dim=0)) == 16
+    assert torch.allclose(grid.sum(1), torch.ones(16))
+    assert best_of(grid[:3], [[0, 1], [1, 1], [1, 1]]) == ([0, 1, 0], 1.0)
+
+
+def test_wrong_settings_are_refused_in_one_line(folder: Path, tiny_base_dir: Path) -> None:
+    experiment = load_experiment(folder / "experiment.yaml")
+    with pytest.raises(UserError, match=r"num_beams.*decodes greedily or samples"):
+        decoding_of({"num_beams": 4}, 0)
+    mixed = replace(experiment, dynamic=replace(experiment.dynamic, models={"a": str(folder / "a"), "c": str(tiny_base_dir)}))
+    with pytest.raises(UserError, match="give adapters only, or whole models only"):
+        model_references(mixed)
+    with pytest.raises(UserError, match="no dynamic ensemble"):
+        DynamicEnsemble.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"expected at least 1 token or 'turn'"):
+        load_experiment(folder / "experiment.yaml", ["dynamic.span=0"])
+    with pytest.raises(UserError, match="chebyshev is no reward"):
+        run_dynamic(load_experiment(folder / "experiment.yaml", [f"output={folder}/x", "search.scalarize=chebyshev"]))
+
+
+def test_a_controller_of_fixed_weights_cannot_be_saved(finished: Experiment, tmp_path: Path) -> None:
+    directory = best_ensemble(finished.output)
+    assert directory is not None
+    loaded = DynamicEnsemble.from_pretrained(directory)
+    fixed = DynamicEnsemble(
+        loaded.engine, FixedWeights(torch.tensor([0.5, 0.5])), loaded.decoding, references=loaded.references
+    )
+    with pytest.raises(ValueError, match="Only an ensemble with an Agent"):
+        fixed.save_pretrained(tmp_path / "fixed")
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_whole_models_with_tokenizers_of_their_own_write_together(folder: Path, tiny_base_dir: Path, tmp_path: Path) -> None:
+    """The same steps for the union of vocabularies, here of one and the same model and another one."""
+    other = shutil.copytree(tiny_base_dir, tmp_path / "other")
+    models = f"dynamic.models={{one: {tiny_base_dir}, two: {other}}}"
+    few = ["dynamic.agents=[mappo]", "dynamic.ppo.updates=1", "dynamic.spans=[4]", "dynamic.vocabulary=full"]
+    run_dynamic(load_experiment(folder / "experiment.yaml", [f"output={tmp_path}/run", models, *few]))
+    systems = {system["name"]: system for system in read_dynamic(tmp_path / "run")["systems"]}
+    assert systems["one alone"]["value"] == systems["two alone"]["value"] == systems["equal weights"]["value"]
+    directory = best_ensemble(tmp_path / "run")
+    assert directory is not None
+    assert DynamicEnsemble.from_pretrained(directory).engine.names == ("one", "two")
