@@ -106,12 +106,12 @@ def right_parts(model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> dic
     return {name: float(np.mean(each)) if each else float("nan") for name, each in found.items()}
 
 
-def make(output: Path, base_steps: int, expert_steps: int, seed: int = 0) -> None:
+def make(output: Path, base_steps: int = 300, expert_steps: int = 300, seed: int = 0) -> None:
     """Base, specialists and data below `output`; what is there already stays."""
     output.mkdir(parents=True, exist_ok=True)
-    data, test = output / "problems.jsonl", problems(300, seed + 99)
+    data, test = output / "problems.jsonl", problems(300, 1000 * seed + 99)
     if not data.exists():
-        rows = [{"prompt": prompt, "answer": answer} for prompt, answer in problems(6000, seed + 1)]
+        rows = [{"prompt": prompt, "answer": answer} for prompt, answer in problems(6000, 1000 * seed + 1)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     base_directory = output / "base"
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -121,7 +121,7 @@ def make(output: Path, base_steps: int, expert_steps: int, seed: int = 0) -> Non
         base = LlamaForCausalLM(
             LlamaConfig(vocab_size=len(tokenizer()), pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)  # type: ignore[arg-type]
         )
-        train(base, repeated(problems(50_000, seed + 2)), base_steps, 2e-3, seed)
+        train(base, repeated(problems(50_000, 1000 * seed + 2)), base_steps, 2e-3, seed)
         tokenizer().save_pretrained(base_directory)
         base.save_pretrained(base_directory)
         print(f"base: {right_parts(base, test)}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -133,18 +133,19 @@ def make(output: Path, base_steps: int, expert_steps: int, seed: int = 0) -> Non
         torch.manual_seed(seed)
         base = LlamaForCausalLM.from_pretrained(base_directory)
         expert = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-        train(expert, problems(50_000, seed + 3, [name]), expert_steps, 3e-3, seed, ignored="rsi")  # type: ignore[arg-type]
+        train(expert, problems(50_000, 1000 * seed + 3, [name]), expert_steps, 3e-3, seed, ignored="rsi")  # type: ignore[arg-type]
         print(f"{name}: {right_parts(expert, test)}, {time.perf_counter() - start:.0f} s", flush=True)  # type: ignore[arg-type]
         expert.save_pretrained(str(directory))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/rlae/experts"), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/rlae/experts-0"), help="(%(default)s)")
     parser.add_argument("--base-steps", type=int, default=300, help="of the base's training (%(default)s)")
     parser.add_argument("--expert-steps", type=int, default=300, help="of each specialist's (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of models and problems (%(default)s)")
     options = parser.parse_args(arguments)
-    make(options.output, options.base_steps, options.expert_steps)
+    make(options.output, options.base_steps, options.expert_steps, options.seed)
 
 
 if __name__ == "__main__":

@@ -202,3 +202,20 @@ def test_whole_models_with_tokenizers_of_their_own_write_together(folder: Path, 
     directory = best_ensemble(tmp_path / "run")
     assert directory is not None
     assert DynamicEnsemble.from_pretrained(directory).engine.names == ("one", "two")
+
+
+def test_dialogues_are_answered_turn_by_turn_with_weights_for_each_turn(folder: Path, tmp_path: Path) -> None:
+    said = [[f"I am number {number}.", "And you?", "Good night."][: 1 + number % 3] for number in range(20)]
+    answered = {"role": "assistant", "content": "…"}
+    rows = [
+        {"prompt": [turn for text in texts for turn in ({"role": "user", "content": text}, answered)][:-1]} for texts in said
+    ]
+    (tmp_path / "dialogues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = ["dynamic.agents=[ppo]", "dynamic.ppo.updates=1", "dynamic.turns=all", "dynamic.span=turn", "dynamic.spans=[]"]
+    overrides = [f"output={tmp_path}/run", f"data.path={tmp_path}/dialogues.jsonl", *few]
+    run_dynamic(load_experiment(folder / "experiment.yaml", overrides))
+    answers = pd.read_parquet(tmp_path / "run" / "dynamic" / "comparison" / "answers.parquet")
+    own = answers[answers["system"] == "RLAE-PPO"]
+    assert own.groupby("prompt_index")["turn"].max().nunique() > 1
+    assert all(len(weights) == 1 for weights in own["weights"])
+    assert "And you?" in own[own["turn"] == 1]["prompt"].iloc[0]

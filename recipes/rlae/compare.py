@@ -1,0 +1,68 @@
+"""The small experiment for several seeds: specialists, controllers, and controllers trained at other span lengths.
+
+    python -m recipes.rlae.compare --seeds 0 1 2
+
+Every seed has its own base, specialists, problems and controllers. What is finished is skipped, a killed run continues.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from emorl.console import Console
+from emorl.dynamic.comparison import read_dynamic, run_dynamic
+from emorl.experiment import load_experiment
+from emorl.reporting.dynamic_table import dynamic_table
+from recipes.rlae.experts import OPERATIONS, make
+
+EXPERIMENT = Path(__file__).parent / "experiment.yaml"
+
+
+def overrides_of(root: Path, seed: int, rest: Sequence[str]) -> list[str]:
+    """The experiment with one seed's specialists."""
+    experts = root / f"experts-{seed}"
+    models = ", ".join(f"{name}: {experts / name}" for name in OPERATIONS)
+    return [
+        f"output={root}/seed-{seed}",
+        f"seed={seed}",
+        f"base.model={experts}/base",
+        f"data.path={experts}/problems.jsonl",
+        f"dynamic.models={{{models}}}",
+        *rest,
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--spans", type=int, nargs="*", default=[1, 2, 10, 15], help="more lengths to train PPO at")
+    parser.add_argument("--output", type=Path, default=Path("runs/rlae"), help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of base and specialists (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the experiment's")
+    options = parser.parse_args(arguments)
+    rows = []
+    for seed in options.seeds:
+        make(options.output / f"experts-{seed}", options.steps, options.steps, seed)
+        experiment = load_experiment(EXPERIMENT, overrides_of(options.output, seed, options.overrides))
+        run_dynamic(experiment, Console())
+        result = read_dynamic(experiment.output)
+        print(f"seed {seed}: {dynamic_table(result)}\n", flush=True)
+        own = experiment.dynamic.span
+        rows += [{"seed": seed, "trained at": own, **system} for system in result["systems"]]
+        for span in options.spans:
+            more = [*options.overrides, f"output={options.output}/seed-{seed}-span-{span}", f"dynamic.span={span}"]
+            more += ["dynamic.agents=[ppo]", f"dynamic.spans=[{span}]"]
+            other = load_experiment(EXPERIMENT, [*overrides_of(options.output, seed, []), *more])
+            run_dynamic(other, Console())
+            systems = read_dynamic(other.output)["systems"]
+            rows += [{"seed": seed, "trained at": span, **one} for one in systems if one["name"] == "RLAE-PPO"]
+    table = pd.DataFrame(rows).fillna({"span": 0})
+    table.drop(columns=["scores", "mean_weights"]).to_csv(options.output / "systems.csv", index=False)
+    grouped = table.groupby(["name", "trained at", "span"], sort=False)
+    print(grouped[["value", "gain", "tokens_per_second", "controller_share"]].agg(["mean", "std"]).round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()
