@@ -72,8 +72,8 @@ class PolicyFuseConfig(FuseConfig):
     energy: float | None = Field(default=None, gt=0, le=1)
     """instead: the share of every module's squared norm that is kept"""
     proposer: str | None = None
-    """searches on the validation prompts: weights, method and scale by q_learning (RL-Fusion) or an Optuna sampler (tpe, gp,
-    cma_es, qmc, random, nsga2); the policy or merge that counts in each layer by reinforced_merging (RMM; extra `rl`) or
+    """searches on the validation prompts: weights, method and scale by q_learning (RL-Fusion), settings_descent (one setting
+    at a time) or an Optuna sampler (tpe, gp, cma_es, qmc, random, nsga2); the policy or merge that counts in each layer by reinforced_merging (RMM; extra `rl`) or
     coordinate_descent. By default method, weights and settings are used as given"""
     trials: int = Field(default=60, ge=1)
     """candidates the search evaluates; a finished search goes on when it is run again with more"""

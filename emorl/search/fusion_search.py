@@ -40,13 +40,15 @@ from emorl.search.layer_space import LayerSpace
 from emorl.search.moving_set import MovingSet
 from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
 from emorl.search.q_learning import QLearning, QSettings
+from emorl.search.settings_descent import SettingsDescent
 from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Valuation, finished_trials, open_study
 from emorl.search.study import search as run_search
 from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_search import check_mode
 from emorl.training.directories import POLICY_DIRECTORY, policy_directories
 
-Q_LEARNING, REINFORCED_MERGING, COORDINATE_DESCENT = "q_learning", "reinforced_merging", "coordinate_descent"
+Q_LEARNING, SETTINGS_DESCENT = "q_learning", "settings_descent"
+REINFORCED_MERGING, COORDINATE_DESCENT = "reinforced_merging", "coordinate_descent"
 _OVER_LAYERS = (REINFORCED_MERGING, COORDINATE_DESCENT)
 
 FusionOf = Callable[[str], Fusion]
@@ -131,7 +133,7 @@ def _given(experiment: Experiment, names: Sequence[str]) -> Fusion:
 
 
 def _check_proposer(experiment: Experiment, policies: int) -> None:
-    config, proposers = experiment.fuse, [Q_LEARNING, *_OVER_LAYERS, *SAMPLERS]
+    config, proposers = experiment.fuse, [Q_LEARNING, SETTINGS_DESCENT, *_OVER_LAYERS, *SAMPLERS]
     if config.proposer is None:
         return
     if config.proposer not in proposers:
@@ -211,6 +213,8 @@ def _proposer(
         except ModuleNotFoundError as error:
             raise UserError(f"reinforced_merging needs {error.name}: pip install 'emorl[rl]'") from None
         return merging.ReinforcedMerging(space.merging, value, experiment.seed, merging.PPOSettings(episodes=config.trials))
+    if config.proposer == SETTINGS_DESCENT:
+        return SettingsDescent(space, value)
     if config.proposer == Q_LEARNING:
         q = config.q_learning
         settings = QSettings(q.alpha, q.gamma, (q.epsilon_start, q.epsilon_end), q.exploration, q.learning_rate)

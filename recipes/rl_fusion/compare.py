@@ -27,7 +27,7 @@ from emorl.search.fusion_result import read_fusion
 from emorl.search.fusion_search import fuse_policies
 from emorl.search.weight_search import silence_optuna
 
-SEARCHES = ("q_learning", "random", "tpe", "cma_es", "reinforced_merging", "coordinate_descent")
+SEARCHES = ("q_learning", "random", "tpe", "cma_es", "settings_descent", "reinforced_merging", "coordinate_descent")
 """the last two choose layer by layer"""
 MERGES = ("linear", "slerp", "ties")
 

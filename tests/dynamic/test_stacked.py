@@ -119,6 +119,20 @@ def test_a_policy_without_weight_is_not_run_and_catches_up(kind: str, request: p
         assert writing._written[row, : writing.tokens[row]].tolist() == expected
 
 
+def test_equal_policies_write_what_each_of_them_does_whatever_the_weights(
+    make_causal_model: Callable[..., Any], adapters: dict[str, Any], engine: StackedEngine
+) -> None:
+    same = dict.fromkeys("xyz", adapters["a"])
+    equal = StackedEngine(HiddenStateEnsemble(make_causal_model(), same), engine.tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    schedule = [torch.softmax(3 * torch.randn(4, 3, generator=generator), -1) for _ in range(4)]
+    alone = [torch.tensor([1.0, 0, 0]).expand(4, -1)] * 4
+    decoding = Decoding(max_new_tokens=12)
+    together = write_all(equal, PROMPTS, schedule, 3, decoding)
+    assert together.texts == write_all(engine, PROMPTS, alone, 3, decoding).texts
+    torch.testing.assert_close(together.signals[..., 2], torch.zeros(4, 3), atol=1e-5, rtol=0)  # nobody disagrees
+
+
 def test_an_end_token_ends_one_text_and_the_others_go_on_unchanged(engine: StackedEngine) -> None:
     generator = torch.Generator().manual_seed(3)
     schedule = [torch.softmax(3 * torch.randn(4, 3, generator=generator), -1) for _ in range(6)]
