@@ -73,8 +73,8 @@ class PolicyFuseConfig(FuseConfig):
     """instead: the share of every module's squared norm that is kept"""
     proposer: str | None = None
     """searches on the validation prompts: weights, method and scale by q_learning (RL-Fusion), settings_descent (one setting
-    at a time) or an Optuna sampler (tpe, gp, cma_es, qmc, random, nsga2); the policy or merge that counts in each layer by reinforced_merging (RMM; extra `rl`) or
-    coordinate_descent. By default method, weights and settings are used as given"""
+    at a time) or an Optuna sampler (tpe, gp, cma_es, qmc, random, nsga2); the policy or merge that counts in each layer by
+    reinforced_merging (RMM; extra `rl`) or coordinate_descent. By default method, weights and settings are used as given"""
     trials: int = Field(default=60, ge=1)
     """candidates the search evaluates; a finished search goes on when it is run again with more"""
     methods: list[str] = Field(default_factory=lambda: ["slerp", "ties"], min_length=1)
