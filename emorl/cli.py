@@ -276,6 +276,10 @@ def _search_weights(experiment: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     experiment = _load(options)
+    searched = (experiment.output / "search" / "result.json").exists()
+    if not searched and (experiment.output / "dynamic" / "comparison" / "result.json").exists():
+        _print_dynamic(experiment.output, options.json)  # whose comparison is on the test prompts already
+        return
     _compare(experiment)
     _print_comparison(experiment.output, options.json)
 
@@ -399,18 +403,23 @@ def _searched_fusion(experiment: Any) -> Path:
 
 
 def _dynamic(options: argparse.Namespace) -> None:
+    experiment = _load(options)  # a wrong file fails before torch is imported
     from emorl.console import Console
-    from emorl.dynamic.comparison import read_dynamic, run_dynamic
+    from emorl.dynamic.comparison import run_dynamic
     from emorl.dynamic.processes import this_process
+
+    run_dynamic(experiment, Console())
+    if this_process().is_main_process:
+        _keep_config(experiment)
+        _print_dynamic(experiment.output, options.json)
+
+
+def _print_dynamic(output: Path, as_json: bool) -> None:
+    from emorl.dynamic.comparison import read_dynamic
     from emorl.reporting.dynamic_table import dynamic_table
 
-    experiment = _load(options)
-    run_dynamic(experiment, Console())
-    if not this_process().is_main_process:
-        return
-    _keep_config(experiment)
-    result = read_dynamic(experiment.output)
-    print(json.dumps(result, indent=2) if options.json else dynamic_table(result))
+    result = read_dynamic(output)
+    print(json.dumps(result, indent=2) if as_json else dynamic_table(result))
 
 
 def _generate(options: argparse.Namespace) -> None:

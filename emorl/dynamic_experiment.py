@@ -19,13 +19,17 @@ class AgentConfig:
     lora: dict[str, Any] | None = None
     """straight to peft.LoraConfig: the encoder is tuned too; without, it stays as it is"""
     context: int = Field(default=128, ge=8)
-    """last tokens of the text so far that the encoder reads, and first of the prompt, which is read once"""
+    """last tokens of the prompt, which is read once, and last tokens of the text so far that the encoder reads"""
     hidden: int = Field(default=64, ge=4)
     """width of the two layers of actor and critic"""
     temperature: float = Field(default=1.0, gt=0)
     """weights = softmax(action / temperature)"""
     least_weight: float = Field(default=0.02, ge=0, lt=0.5)
-    """smaller weights become 0, so that their model need not run"""
+    """smaller weights become 0, so that their model need not run; the largest never does"""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.encoder is None:
+            raise ValueError("agent.lora tunes an encoder; name one in agent.encoder, or leave lora out")
 
 
 @dataclass(frozen=True, config=_strict)
@@ -38,8 +42,8 @@ class PPOConfig:
     """texts per prompt; `baseline: group` needs at least 2"""
     epochs: int = Field(default=4, ge=1)
     """passes over an update's decisions"""
-    minibatch: int = Field(default=256, ge=1)
-    """decisions per gradient step"""
+    minibatch: int = Field(default=256, ge=2)
+    """decisions per gradient step, at least"""
     learning_rate: float = Field(default=1e-3, gt=0)
     """of actor and critic"""
     encoder_learning_rate: float = Field(default=1e-5, gt=0)
@@ -93,6 +97,8 @@ class DynamicConfig:
             raise ValueError(f"span: expected at least 1 token or 'turn', got {self.span}")
         if any(span < 1 for span in self.spans):
             raise ValueError(f"spans: expected at least 1 token each, got {self.spans}")
+        if len(set(self.spans)) < len(self.spans):
+            raise ValueError("spans: each of them once")
         if len(self.models) == 1:
             raise ValueError("models: name at least two, or none for the trained policies")
         if len(set(self.agents)) < len(self.agents):

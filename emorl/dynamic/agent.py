@@ -56,7 +56,7 @@ class Agent(nn.Module):
             prompts = [prompt_text(situation.prompts[row]) for row in situation.open_.tolist()]
             recent = self.encoder.tokenize(situation.texts, keep_end=True)
             if self.encoder.is_tuned:
-                found["prompt_ids"], found["prompt_mask"] = self.encoder.tokenize(prompts, keep_end=False)
+                found["prompt_ids"], found["prompt_mask"] = self.encoder.tokenize(prompts, keep_end=True)
                 found["recent_ids"], found["recent_mask"] = recent
             else:
                 found["text"] = torch.cat([self._prompts_read(prompts), self.encoder(*recent).cpu()], -1)
@@ -68,7 +68,7 @@ class Agent(nn.Module):
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._read))
         if missing:
             known = {prompt: self._read[prompt] for prompt in prompts if prompt in self._read}
-            fresh = self.encoder(*self.encoder.tokenize(missing, keep_end=False)).cpu()
+            fresh = self.encoder(*self.encoder.tokenize(missing, keep_end=True)).cpu()
             self._read = known | dict(zip(missing, fresh, strict=True))
         return torch.stack([self._read[prompt] for prompt in prompts])
 
@@ -110,7 +110,8 @@ class Agent(nn.Module):
     def weights(self, action: Tensor) -> Tensor:
         """Weights (A, K) of actions (A, K)."""
         weights = torch.softmax(action / self.config.temperature, -1)
-        weights = torch.where(weights < self.config.least_weight, 0.0, weights)
+        least = weights.amax(-1, keepdim=True).clamp(max=self.config.least_weight)
+        weights = torch.where(weights < least, 0.0, weights)
         return weights / weights.sum(-1, keepdim=True)
 
     def trained_state(self) -> Mapping[str, Tensor]:
@@ -118,8 +119,22 @@ class Agent(nn.Module):
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value.cpu().contiguous() for name, value in self.state_dict().items() if name in learning}
 
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `trained_state` gave.
+
+        Raises:
+            ValueError: the state of another agent.
+        """
+        if set(state) != set(self.trained_state()):
+            raise ValueError("the saved agent has other parameters than this one; it was trained with other settings")
+        self.load_state_dict(dict(state), strict=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_deviation.device
+
     def _values(self, observation: Mapping[str, Tensor]) -> list[Tensor]:
-        return [observation[key] for key in self.keys]
+        return [observation[key].to(self.device) for key in self.keys]
 
 
 class Features(nn.Module):

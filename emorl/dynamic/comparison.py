@@ -6,7 +6,7 @@ Every system writes in the same batches with the same engine; seconds include re
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,26 +17,34 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from emorl.config import UserError
 from emorl.data import load_prompts, prompt_text
 from emorl.dynamic.agent import Agent, Kind
-from emorl.dynamic.ensemble import AGENT_FILE, ENSEMBLE, DynamicEnsemble, load_engine, model_references
+from emorl.dynamic.ensemble import (
+    AGENT_FILE,
+    ENSEMBLE,
+    DynamicEnsemble,
+    check_models,
+    decoding_of,
+    is_conversational,
+    load_engine,
+    model_references,
+)
 from emorl.dynamic.fixed_weights import best_of, values_of_fixed, weight_grid
 from emorl.dynamic.judging import Judge
 from emorl.dynamic.observation import Controller, FixedWeights
 from emorl.dynamic.processes import present, shared_out, this_process
 from emorl.dynamic.rollout import Rollout
 from emorl.dynamic.router import features_of, fit_router
-from emorl.dynamic.stacked import StackedEngine
-from emorl.dynamic.training import Setting, train_agent, training_identity
+from emorl.dynamic.training import Setting, check_training, train_agent, training_identity
 from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives
-from emorl.policies.loading import load_tokenizer
-from emorl.policies.prompts import is_chat
 from emorl.progress import Progress, Silent
 from emorl.runs import Run, only_process, open_run, read_json, write_json, written_whole
 
 _ROUTED = 512  # training prompts a router learns from, at most
 _RESAMPLES = 4000
+_STAGE = "dynamic comparison"
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,19 @@ def run_dynamic(experiment: Experiment, progress: Progress | None = None) -> Pat
     is_main = this_process().is_main_process
     progress = (progress if is_main else None) or Silent()
     check_objectives(experiment.objectives)
-    models = model_references(experiment)
-    path = experiment.output / "dynamic"
-    identity = {**training_identity(experiment, models), **_compared(experiment)}
-    finished = path / "comparison" / "run.json"
-    if finished.exists() and open_run(path / "comparison", "dynamic comparison", identity).finished:
+    judge, models = Judge.load(experiment), model_references(experiment)
+    path, identity = experiment.output / "dynamic", _identity(experiment, models)
+    if _is_compared(experiment, identity):
         progress.say(f"dynamic: finished before, in {path}")
         return path
-    setting = load_setting(experiment, models)
+    check_models(experiment, models)
+    check_training(experiment, models)
+    decoding_of(experiment.generation, experiment.seed)
+    splits = load_prompts(experiment.data, experiment.seed, is_conversational(experiment, models))
+    _check_fixed(experiment, models)
+    config = experiment.dynamic
+    engine = load_engine(models, experiment.base, vocabulary=config.vocabulary, top_k=config.top_k)
+    setting = Setting(experiment, engine, models, splits, judge)
     fixed = _fixed(setting, path, progress)
     for kind in experiment.dynamic.agents:
         train_agent(setting, kind, fixed["weights"], progress)
@@ -86,17 +99,8 @@ def run_dynamic(experiment: Experiment, progress: Progress | None = None) -> Pat
         _compare(setting, fixed, None, progress)
         return path
     with only_process(path / "comparison"):
-        _compare(setting, fixed, open_run(path / "comparison", "dynamic comparison", identity), progress)
+        _compare(setting, fixed, open_run(path / "comparison", _STAGE, identity), progress)
     return path
-
-
-def load_setting(experiment: Experiment, models: dict[str, str]) -> Setting:
-    """Prompts, models and objectives."""
-    config = experiment.dynamic
-    engine = load_engine(models, experiment.base, vocabulary=config.vocabulary, top_k=config.top_k)
-    conversational = isinstance(engine, StackedEngine) and is_chat(load_tokenizer(experiment.base.model))
-    splits = load_prompts(experiment.data, experiment.seed, conversational)
-    return Setting(experiment, engine, models, splits, Judge.load(experiment))
 
 
 def read_dynamic(output: Path) -> dict[str, Any]:
@@ -104,22 +108,40 @@ def read_dynamic(output: Path) -> dict[str, Any]:
     return read_json(output / "dynamic" / "comparison" / "result.json")
 
 
-def _compared(experiment: Experiment) -> dict[str, Any]:
+def _identity(experiment: Experiment, models: dict[str, str]) -> dict[str, Any]:
     config = experiment.dynamic
-    return {"agents": list(config.agents), "spans": list(config.spans), "fixed_step": config.fixed_step}
+    return {**training_identity(experiment, models), "agents": list(config.agents), "spans": list(config.spans)}
+
+
+def _is_compared(experiment: Experiment, identity: Mapping[str, Any]) -> bool:
+    """Whether this very comparison is finished, of agents with as many updates as are asked for."""
+    path = experiment.output / "dynamic" / "comparison"
+    if not (path / "run.json").exists() or not open_run(path, _STAGE, identity).finished:
+        return False
+    return read_dynamic(experiment.output)["updates"] >= experiment.dynamic.ppo.updates
+
+
+def _fixed_settings(experiment: Experiment, models: dict[str, str]) -> dict[str, Any]:
+    config = experiment.dynamic
+    how = {"turns": config.turns, "vocabulary": config.vocabulary, "top_k": config.top_k, "fixed_step": config.fixed_step}
+    return json.loads(json.dumps({**training_identity(experiment, models), "dynamic": how}))
+
+
+def _check_fixed(experiment: Experiment, models: dict[str, str]) -> None:
+    """Fixed weights of other settings are refused."""
+    file = experiment.output / "dynamic" / "fixed.json"
+    if file.exists() and read_json(file)["settings"] != _fixed_settings(experiment, models):
+        raise UserError(f"{file} is of a run with other settings; give another `output`, or move {file.parent} away")
 
 
 def _fixed(setting: Setting, path: Path, progress: Progress) -> dict[str, Any]:
     """The best weights of the grid by the validation prompts; remembered in `fixed.json`."""
     config, file = setting.experiment.dynamic, path / "fixed.json"
-    grid = weight_grid(len(setting.models), config.fixed_step)
-    identity = {**training_identity(setting.experiment, setting.models), "fixed_step": config.fixed_step}
-    identity["dynamic"] = {"turns": config.turns, "vocabulary": config.vocabulary, "top_k": config.top_k}
-    known = file.exists() and (content := read_json(file)) and content["settings"] == _plain(identity)
+    is_known = file.exists()
     this_process().wait_for_everyone()
-    if known:
-        return content  # pyright: ignore[reportPossiblyUnboundVariable]
-    batch = setting.experiment.evaluate.batch
+    if is_known:
+        return read_json(file)
+    grid, batch = weight_grid(len(setting.models), config.fixed_step), setting.experiment.evaluate.batch
     progress.say(f"dynamic: {len(grid)} fixed weights on {len(setting.splits.validation)} validation prompts")
     values = values_of_fixed(
         setting.engine, setting.judge, setting.splits.validation, grid, setting.decoding, config.turns, batch
@@ -127,7 +149,8 @@ def _fixed(setting: Setting, path: Path, progress: Progress) -> dict[str, Any]:
     weights, value = best_of(grid, values)
     progress.say(f"dynamic: best fixed weights {_said(setting, weights)}, value {value:.3f}")
     every = [{"weights": one, "value": float(mean)} for one, mean in zip(grid.tolist(), values.mean(1), strict=True)]
-    content = {"weights": weights, "value": value, "tried": every, "settings": _plain(identity)}
+    settings = _fixed_settings(setting.experiment, setting.models)
+    content = {"weights": weights, "value": value, "tried": every, "settings": settings}
     if this_process().is_main_process:
         write_json(file, content)
     return content
@@ -188,7 +211,7 @@ def _path(setting: Setting, kind: str) -> Path:
 
 def _agent(setting: Setting, kind: Kind) -> Agent:
     agent = setting.new_agent(kind)
-    agent.load_state_dict(load_file(_path(setting, kind) / ENSEMBLE / AGENT_FILE), strict=False)
+    agent.load_trained(load_file(_path(setting, kind) / ENSEMBLE / AGENT_FILE))
     return agent.eval()
 
 
@@ -199,7 +222,7 @@ def _router(setting: Setting) -> Controller:
     corners = torch.eye(len(setting.models))
     values = values_of_fixed(setting.engine, setting.judge, some, corners, setting.decoding, turns, batch)  # (K, P)
     agent = setting.new_agent("ppo")
-    features = features_of(agent, setting.engine, list(some["prompt"]), setting.decoding, batch)
+    features = features_of(agent, setting.engine, list(some["prompt"]), setting.decoding, turns, batch)
     return fit_router(agent, features, values.T)
 
 
@@ -239,7 +262,7 @@ def _system(
 def _oracle(values: NDArray[np.float64], reference: NDArray[np.float64]) -> System:
     gain, low, high = paired_gain(values, reference)
     error = float(values.std(ddof=1) / len(values) ** 0.5)
-    return System("oracle router", None, float(values.mean()), error, gain, low, high, {}, {}, 0, float("nan"), 0.0)
+    return System("oracle router", None, float(values.mean()), error, gain, low, high, {}, {}, 0, 0.0, 0.0)
 
 
 def paired_gain(values: NDArray[np.float64], reference: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
@@ -275,15 +298,12 @@ def _write(
         "fixed": {"weights": dict(zip(setting.models, fixed["weights"], strict=True)), "validation": fixed["value"]},
         "objectives": list(setting.experiment.objectives),
         "prompts": len(setting.splits.test),
+        "updates": setting.experiment.dynamic.ppo.updates,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
     write_json(run.path / "result.json", result)
     run.finish()
-
-
-def _plain(content: Any) -> Any:
-    return json.loads(json.dumps(content))
 
 
 def _said(setting: Setting, weights: Sequence[float]) -> str:

@@ -86,6 +86,11 @@ class Engine(Protocol):
         """H of `Writing.states`."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where weights are applied, and where an agent had best be."""
+        ...
+
     def begin(self, prompts: Sequence[Any], decoding: Decoding, seeds: Sequence[int] | None = None) -> Writing:
         """Reads prompts (texts, or conversations in TRL's format) with every model; nothing is written yet.
 

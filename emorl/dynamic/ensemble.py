@@ -21,9 +21,9 @@ from emorl.dynamic.observation import Controller
 from emorl.dynamic.rollout import Answer, Rollout, Turns, write
 from emorl.dynamic.stacked import StackedEngine
 from emorl.dynamic.union import UnionEngine
-from emorl.dynamic_experiment import AgentConfig, DynamicConfig
+from emorl.dynamic_experiment import AgentConfig
 from emorl.experiment import BaseConfig, Experiment
-from emorl.policies.loading import load_base, read_policies
+from emorl.policies.loading import is_encoder_decoder, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
 from emorl.runs import read_json, written_whole_directory
 from emorl.training.directories import policy_directories
@@ -47,6 +47,9 @@ def decoding_of(generation: Mapping[str, Any], seed: int) -> Decoding:
                 f"generation.{name}: a dynamic ensemble decodes greedily or samples; {nearest(name, _DECODING_KEYS)}"
             )
     samples = bool(generation.get("do_sample", False))
+    empty = [name for name in ("max_new_tokens", "temperature", "top_p") if name in generation and generation[name] is None]
+    if empty:
+        raise UserError(f"generation.{empty[0]}: expected a number, got nothing")
     try:
         return Decoding(
             int(generation.get("max_new_tokens", 64)),
@@ -75,6 +78,35 @@ def model_references(experiment: Experiment) -> dict[str, str]:
             "only, or whole models only"
         )
     return dict(models)
+
+
+def check_models(experiment: Experiment, models: Mapping[str, str]) -> None:
+    """Refuses models that are not there, or cannot write with others, before the first one is loaded.
+
+    Raises:
+        UserError: one of these; a system prompt for whole models.
+    """
+    if len(models) < 2:
+        raise UserError(f"a dynamic ensemble needs at least two models, and here is {', '.join(models)}; see dynamic.models")
+    if all(map(_is_adapter, models.values())):
+        is_encoder_decoder(experiment.base.model)  # is it there?
+        return
+    for name, place in models.items():
+        try:
+            refused = is_encoder_decoder(place)
+        except UserError as error:
+            raise UserError(str(error).replace("base.model", f"dynamic.models.{name}", 1)) from None
+        if refused:
+            raise UserError(
+                f"dynamic.models.{name} {place!r} is an encoder-decoder; different models write together as decoders"
+            )
+    if experiment.data.system_prompt:
+        raise UserError("data.system_prompt: different models have templates of their own; write it into the prompts")
+
+
+def is_conversational(experiment: Experiment, models: Mapping[str, str]) -> bool:
+    """Whether prompts are made conversations; of whole models each one renders them by itself."""
+    return all(map(_is_adapter, models.values())) and is_chat(load_tokenizer(experiment.base.model))
 
 
 def load_engine(
@@ -180,9 +212,13 @@ class DynamicEnsemble:
         yield from sorted(last.items())
 
     def as_prompt(self, text: str) -> Any:
-        """A user's text as a prompt: one turn of a conversation where the base has a chat template."""
-        is_conversation = isinstance(self.engine, StackedEngine) and is_chat(self.engine.tokenizer)
-        return [{"role": "user", "content": text}] if is_conversation else text
+        """A user's text as the prompts were in training: a conversation where the base has a chat template, with its system
+        prompt."""
+        if not isinstance(self.engine, StackedEngine) or not is_chat(self.engine.tokenizer):
+            return text
+        system_prompt = (self.references or {}).get("system_prompt")
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return [*system, {"role": "user", "content": text}]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `agent.safetensors` and `dynamic.json`, which refers to the models (local ones by paths relative to the
@@ -191,13 +227,15 @@ class DynamicEnsemble:
             raise ValueError("Only an ensemble with an Agent and references to its models can be saved.")
         directory = Path(directory).resolve()
         directory.parent.mkdir(parents=True, exist_ok=True)
+        encoder = self.agent.config.encoder
         described = {
             "kind": self.agent.kind,
             "models": {name: _relative(place, directory) for name, place in self.references["models"].items()},
             "base": {**self.references["base"], "model": _relative(self.references["base"]["model"], directory)},
             "vocabulary": self.references["vocabulary"],
             "top_k": self.references["top_k"],
-            "agent": asdict(self.agent.config),
+            "agent": {**asdict(self.agent.config), "encoder": encoder and _relative(encoder, directory)},
+            "system_prompt": self.references["system_prompt"],
             "span": self.span,
             "turns": self.turns,
             "decoding": asdict(self.decoding),
@@ -220,9 +258,11 @@ class DynamicEnsemble:
         models = {name: _located(place, directory) for name, place in said["models"].items()}
         base = {**said["base"], "model": _located(said["base"]["model"], directory)}
         engine = load_engine(models, BaseConfig(**base), vocabulary=said["vocabulary"], top_k=said["top_k"])
-        agent = Agent(said["kind"], len(models), engine.state_width, AgentConfig(**said["agent"]))
-        agent.load_state_dict(load_file(directory / AGENT_FILE), strict=False)
-        references = {"models": models, "base": base, "vocabulary": said["vocabulary"], "top_k": said["top_k"]}
+        config = AgentConfig(**{**said["agent"], "encoder": _located(said["agent"]["encoder"] or "", directory) or None})
+        agent = Agent(said["kind"], len(models), engine.state_width, config).to(engine.device)
+        agent.load_trained(load_file(directory / AGENT_FILE))
+        kept = {key: said[key] for key in ("vocabulary", "top_k", "system_prompt")}
+        references = {"models": models, "base": base, **kept}
         return cls(engine, agent, Decoding(**said["decoding"]), span=said["span"], turns=said["turns"], references=references)
 
 
@@ -236,9 +276,11 @@ def best_ensemble(output: Path) -> Path | None:
     return max(found, key=lambda directory: found[directory]) if found else None
 
 
-def references_of(models: Mapping[str, str], base: BaseConfig, config: DynamicConfig) -> dict[str, Any]:
+def references_of(models: Mapping[str, str], experiment: Experiment) -> dict[str, Any]:
     """What `DynamicEnsemble` needs to be saved."""
-    return {"models": dict(models), "base": asdict(base), "vocabulary": config.vocabulary, "top_k": config.top_k}
+    config = experiment.dynamic
+    how = {"vocabulary": config.vocabulary, "top_k": config.top_k, "system_prompt": experiment.data.system_prompt}
+    return {"models": dict(models), "base": asdict(experiment.base), **how}
 
 
 def _relative(place: str, directory: Path) -> str:

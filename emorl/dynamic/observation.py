@@ -19,10 +19,12 @@ SHARED_FEATURES = PLACES + 2
 
 @dataclass(frozen=True)
 class Situation:
-    """A batch of texts before their next span; `open_` (A,) says which of the B texts are still written."""
+    """A batch of B texts before their next span. `open_` (A,) says which of them are still written, `rows` (B,) which of the
+    whole batch they are: of dialogues, some have no such turn."""
 
     writing: Writing
     prompts: Sequence[Any]
+    rows: Tensor
     open_: Tensor
     previous: Tensor  # (B, K) weights of the last span; zeros before the first
     place: int  # how many spans of this turn are written
@@ -55,7 +57,7 @@ class Controller(Protocol):
 
 @dataclass(frozen=True)
 class FixedWeights:
-    """The same weights for every span: (K,), or (B, K) with a row for each text."""
+    """The same weights for every span: (K,), or one row for each prompt of the batch."""
 
     weights: Tensor
 
@@ -63,4 +65,4 @@ class FixedWeights:
         """As `Controller.__call__`."""
         if self.weights.ndim == 1:
             return self.weights.expand(len(situation.open_), -1)
-        return self.weights[situation.open_]
+        return self.weights[situation.rows[situation.open_]]

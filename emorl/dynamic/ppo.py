@@ -5,6 +5,7 @@ answer's weights towards uniform whichever model helped, and its MAPPO multiplie
 text's reward (N decisions, one reward at the end of each answer) reaches its own decisions only.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,12 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.multiagent import MAPPOLoss
 from torchrl.objectives.value import GAE, MultiAgentGAE
 
+from emorl.config import UserError
 from emorl.dynamic.agent import Agent
 from emorl.dynamic.rollout import Decisions
 from emorl.dynamic_experiment import PPOConfig
+
+_LEAST_ROWS = 64  # decisions that the critic values at once, where minibatches are smaller
 
 
 class Learner:
@@ -71,14 +75,18 @@ class Learner:
         Returns:
             Means over the update's gradient steps: objective, critic and entropy losses, kl; how many steps there were.
         """
+        if len(decisions.rows) < 2:
+            raise UserError("an update has a single decision; give more dynamic.ppo.prompts or a shorter dynamic.span")
         data = self._with_advantages(decisions, rewards)
         sums: dict[str, float] = {}
         steps = 0
         for _ in range(self._config.epochs):
             order = torch.randperm(len(data), generator=self._generator)
-            for part in order.chunk(-(-len(data) // self._config.minibatch)):  # alike in size: none is too small to normalise
-                losses = self._loss(data[part])
+            for part in order.tensor_split(max(1, len(data) // self._config.minibatch)):  # sizes differ by 1 at most
+                losses = self._loss(data[part].to(self._agent.device))
                 kl = float(losses["kl_approx"])
+                if not math.isfinite(kl):
+                    raise UserError("the controller's loss is no number; lower dynamic.ppo.learning_rate")
                 if kl > self._config.target_kl:
                     return _means(sums, steps)
                 self._optimizer.zero_grad()
@@ -101,8 +109,9 @@ class Learner:
         earned = torch.zeros(count, 1)
         for index in of_answer[:, 0].nonzero().flatten().tolist():
             earned[index] = rewards[int(rows[index]), int(turns[index])]
-        data = self._tensordict(decisions.data)
-        values = self._critic(*(data[key] for key in self._agent.keys)).cpu()  # (N, 1), or (N, K, 1)
+        data, device = self._tensordict(decisions.data), self._agent.device
+        parts = data.split(max(self._config.minibatch, _LEAST_ROWS))  # an encoder cannot read all at once
+        values = torch.cat([self._critic(*(part[key].to(device) for key in self._agent.keys)).cpu() for part in parts])
         following = torch.cat([values[1:], values[:1]])
         following[last[:, 0]] = 0.0
         data[self._value] = values
@@ -131,7 +140,7 @@ class Learner:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state()`."""
-        self._agent.load_state_dict(state["agent"], strict=False)
+        self._agent.load_trained(state["agent"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
 

@@ -64,11 +64,10 @@ class Sampler:
         self._agent = agent
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.decisions: list[tuple[dict[str, Tensor], Tensor, int]] = []  # decision, rows of the texts, turn
-        self.rows: Sequence[int] = range(len(seeds))  # of the texts of the turn in progress
 
     def __call__(self, situation: Situation) -> Tensor:
         """As `Controller.__call__`."""
-        rows = torch.tensor(self.rows)[situation.open_]
+        rows = situation.rows[situation.open_]
         noise = torch.stack([torch.randn(self._agent.models, generator=self._generators[row]) for row in rows.tolist()])
         weights, decision = self._agent.sample(situation, noise)
         self.decisions.append((decision, rows, situation.turn))
@@ -100,10 +99,8 @@ def write(
     for turn in range(max(map(len, questions), default=0)):
         rows = [row for row, asked in enumerate(questions) if turn < len(asked)]
         asked = [_with_history(histories[row], questions[row][turn]) for row in rows]
-        if isinstance(controller, Sampler):
-            controller.rows = rows
         decoding_now = replace(decoding, seed=decoding.seed + 7919 * turn)
-        answers = _write_turn(engine, asked, controller, decoding_now, length, turn, [seeds[row] for row in rows], found)
+        answers = _write_turn(engine, asked, rows, controller, decoding_now, length, turn, [seeds[row] for row in rows], found)
         for row, prompt, (text, tokens, weights) in zip(rows, asked, answers, strict=True):
             found.answers.append(Answer(row, turn, prompt, text, tokens, weights))
             if not isinstance(prompt, str):
@@ -118,6 +115,7 @@ def write(
 def _write_turn(
     engine: Engine,
     prompts: Sequence[Any],
+    rows: Sequence[int],
     controller: Controller,
     decoding: Decoding,
     span: int,
@@ -127,13 +125,15 @@ def _write_turn(
 ) -> list[tuple[str, int, list[list[float]]]]:
     """Text, tokens and weights of each prompt; adds the controller's seconds to `found`."""
     writing = engine.begin(prompts, decoding, seeds)
-    previous = torch.zeros(len(prompts), len(engine.names))
+    previous, of_batch = torch.zeros(len(prompts), len(engine.names)), torch.tensor(rows)
     traces: list[list[list[float]]] = [[] for _ in prompts]
     place = 0
     while not bool((finished := writing.finished).all()):
         open_ = (~finished).nonzero().flatten()
+        if engine.device.type == "cuda":  # else the controller's time would be what the models still have to do
+            torch.cuda.synchronize(engine.device)
         start = time.perf_counter()
-        weights = controller(Situation(writing, prompts, open_, previous, place, turn, decoding.max_new_tokens))
+        weights = controller(Situation(writing, prompts, of_batch, open_, previous, place, turn, decoding.max_new_tokens))
         found.controller_seconds += time.perf_counter() - start
         previous = previous.index_copy(0, open_, weights)
         for row, chosen in zip(open_.tolist(), weights.tolist(), strict=True):
@@ -150,12 +150,15 @@ def _questions(prompt: Any, turns: Turns) -> list[list[dict[str, str]]] | list[s
     if turns == "last":
         return [list(prompt)]
     found: list[list[dict[str, str]]] = [[]]
+    is_answered = False
     for message in prompt:
         if message["role"] == "assistant":
+            is_answered = any(said["role"] == "user" for said in found[-1])
             continue
-        if found[-1] and found[-1][-1]["role"] == "user" and message["role"] == "user":
+        if is_answered or (message["role"] == "user" and found[-1] and found[-1][-1]["role"] == "user"):
             found.append([])
         found[-1].append(message)
+        is_answered = False
     return found
 
 

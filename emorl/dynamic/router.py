@@ -2,7 +2,7 @@
 regression from what an agent sees before the first span to each model's value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emorl.dynamic.agent import Agent
+from emorl.dynamic.engine import Decoding, Engine
 from emorl.dynamic.observation import Situation
+from emorl.dynamic.rollout import Turns, write
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,17 @@ def first_features(agent: Agent, situation: Situation) -> NDArray[np.float64]:
     return torch.cat([shared, models.flatten(1)], 1).double().cpu().numpy()
 
 
-def features_of(agent: Agent, engine: Any, prompts: Sequence[Any], decoding: Any, batch: int) -> NDArray[np.float64]:
-    """Of prompts, (P, D): every model reads them, nothing is written."""
-    found = []
+def features_of(
+    agent: Agent, engine: Engine, prompts: Sequence[Any], decoding: Decoding, turns: Turns, batch: int
+) -> NDArray[np.float64]:
+    """Of prompts, (P, D), as they are seen before the first span of their first turn; one token is written."""
+    found: list[NDArray[np.float64]] = []
+
+    def look(situation: Situation) -> Tensor:
+        if situation.turn == 0 and situation.place == 0:
+            found.append(first_features(agent, situation))
+        return torch.full((len(situation.open_), len(engine.names)), 1 / len(engine.names))
+
     for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        nothing = torch.zeros(len(part), len(engine.names))
-        writing = engine.begin(part, decoding)
-        situation = Situation(writing, part, torch.arange(len(part)), nothing, 0, 0, decoding.max_new_tokens)
-        found.append(first_features(agent, situation))
+        write(engine, prompts[start : start + batch], look, replace(decoding, max_new_tokens=1), span="turn", turns=turns)
     return np.concatenate(found)

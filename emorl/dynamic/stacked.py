@@ -4,6 +4,7 @@ One forward for all policies with a weight, one cache with K rows per text. A po
 its keys and values are put aside, and it reads what it missed when it returns.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class StackedEngine:
                 "a dynamic ensemble needs another base, such as T5 or a decoder."
             )
         self.ensemble, self.tokenizer = ensemble, tokenizer
-        self.names = ensemble.policy_names
+        self.names, self.device = ensemble.policy_names, ensemble.device
         self.state_width: int = ensemble.config.get_text_config(decoder=True).hidden_size
         ends: Any = ensemble.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
@@ -62,6 +63,7 @@ class StackedWriting:
         self._positions = self._mask.sum(1, keepdim=True)  # (A, 1) of the next token
         self._room = self._mask.shape[1] + decoding.max_new_tokens
         self._open = torch.arange(len(prompts), device=device)  # (A,) which texts these are
+        self._weights = torch.ones(len(prompts), self._policies, device=device)  # (A, K); 0: this text is not run there
         self._active = tuple(range(self._policies))
         self._cache = self._filled([(layer.keys, layer.values) for layer in layers], self._active)
         self._aside: dict[int, _Layers] = {}  # policy -> keys and values (A, heads, L, D) by layer
@@ -78,10 +80,12 @@ class StackedWriting:
     def signals(self) -> Tensor:
         """As `Writing.signals`."""
         if not self._signals_known and len(self._open):
+            ran, active = self._weights > 0, list(self._active)  # (A, K)
+            log_probabilities = torch.log_softmax(self._logits(self._hidden).float(), -1)
+            fresh = distribution_signals(log_probabilities, ran[:, active]).cpu()
             found = self._signals[self._open.cpu()]  # (A, K, S), a copy
-            found[:, :, -1] = 1.0
-            fresh = distribution_signals(torch.log_softmax(self._logits(self._hidden).float(), -1)).cpu()
-            found[:, list(self._active), :-1], found[:, list(self._active), -1] = fresh, torch.zeros(1)
+            found[:, active, :-1] = torch.where(ran[:, active, None].cpu(), fresh, found[:, active, :-1])
+            found[..., -1] = (~ran).float().cpu()
             self._signals[self._open.cpu()] = found
             self._signals_known = True
         return self._signals.clone()
@@ -89,8 +93,9 @@ class StackedWriting:
     @property
     def states(self) -> Tensor:
         """As `Writing.states`."""
-        if len(self._open):
-            self._states[self._open.cpu()[:, None], torch.tensor(self._active)] = self._hidden.float().cpu()
+        rows, policies = (self._weights[:, list(self._active)] > 0).cpu().nonzero(as_tuple=True)
+        of_policies = torch.tensor(self._active, dtype=torch.long)[policies]
+        self._states[self._open.cpu()[rows], of_policies] = self._hidden.float().cpu()[rows, policies]
         return self._states.clone()
 
     @property
@@ -118,14 +123,14 @@ class StackedWriting:
         if not len(self._open):
             return
         self._signals_known = False
-        weights = weights.to(self._mask.device, torch.float32)[self._open]  # (A, K)
-        self._activate(tuple((weights != 0).any(0).nonzero().flatten().tolist()))
+        self._weights = weights.to(self._mask.device, torch.float32)[self._open]
+        self._activate(tuple((self._weights > 0).any(0).nonzero().flatten().tolist()))
         for _ in range(span):
-            of_active = weights[:, list(self._active)].to(torch.promote_types(self._hidden.dtype, torch.float32))
+            of_active = self._weights[:, list(self._active)].to(torch.promote_types(self._hidden.dtype, torch.float32))
             mixed = torch.einsum("akh,ak->ah", self._hidden.to(of_active.dtype), of_active)
             logits = self._logits(mixed.to(self._hidden.dtype))  # (A, V)
             tokens = choose(logits, self._decoding, self._uniform[self._open, self._steps])  # (A,)
-            weights = self._append(tokens, weights)
+            self._append(tokens)
             if not len(self._open):
                 return
 
@@ -134,8 +139,8 @@ class StackedWriting:
         assert isinstance(head, AggregatingHead)
         return head.head(hidden)
 
-    def _append(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Adds tokens (A,) to the open texts and reads them; returns the weights of the texts that stay open."""
+    def _append(self, tokens: Tensor) -> None:
+        """Adds tokens (A,) to the open texts and reads them."""
         self._written[self._open, self._steps] = tokens
         self._steps += 1
         self._tokens[self._open] = self._steps
@@ -143,15 +148,13 @@ class StackedWriting:
         if self._steps == self._decoding.max_new_tokens:
             ended = torch.ones_like(ended)
         if bool(ended.any()):
-            stay = self._close(ended)
-            tokens, weights = tokens[stay], weights[stay]
+            tokens = tokens[self._close(ended)]
         if len(self._open):
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
             self._hidden = self._reader.read_tokens(
                 tokens[:, None], self._mask, self._positions, self._cache, self._open, self._active
             )
             self._positions = self._positions + 1
-        return weights
 
     def _close(self, ended: Tensor) -> Tensor:
         """Takes texts out of the batch: the last open ones move into their places. Returns which stay, in their new order."""
@@ -165,7 +168,8 @@ class StackedWriting:
         self._aside = {
             policy: [(keys[stay], values[stay]) for keys, values in layers] for policy, layers in self._aside.items()
         }
-        self._open, self._mask, self._positions = self._open[stay], self._mask[stay], self._positions[stay]
+        self._open, self._weights = self._open[stay], self._weights[stay]
+        self._mask, self._positions = self._mask[stay], self._positions[stay]
         if count:
             self._reader.load_source(self._cache, self._open, self._active)
         return stay
@@ -222,15 +226,13 @@ def _keys_and_values(cache: Cache) -> _Layers:
     return [(layer.keys, layer.values) for layer in _layers(cache)]  # type: ignore[misc]  # all of them hold some
 
 
-def distribution_signals(log_probabilities: Tensor) -> Tensor:
-    """The first three of `SIGNALS` for log-probabilities (A, K, V): (A, K, 3)."""
+def distribution_signals(log_probabilities: Tensor, ran: Tensor | None = None) -> Tensor:
+    """The first three of `SIGNALS` for log-probabilities (A, K, V): (A, K, 3). `ran` (A, K) says which models count in the
+    mean that disagreement is measured against; all by default."""
     probabilities = log_probabilities.exp()
-    size = log_probabilities.shape[-1]
-    entropy = torch.special.entr(probabilities).sum(-1)
-    middle = (probabilities + probabilities.mean(-2, keepdim=True)) / 2
-    joint = torch.special.entr(middle).sum(-1)
-    mean_entropy = torch.special.entr(probabilities.mean(-2, keepdim=True)).sum(-1)  # (A, 1)
-    divergence = (joint - (entropy + mean_entropy) / 2) / torch.log(torch.tensor(2.0))  # Jensen-Shannon, in bits
-    top = probabilities.amax(-1)
-    normalised = entropy / torch.log(torch.tensor(float(size)))
-    return torch.stack([normalised, top, divergence], -1).clamp(0, 1)
+    share = torch.ones_like(probabilities[..., 0]) if ran is None else ran.to(probabilities)
+    mean = torch.einsum("akv,ak->av", probabilities, share / share.sum(-1, keepdim=True))[:, None]  # (A, 1, V)
+    entropy, of_mean, of_middle = (torch.special.entr(p).sum(-1) for p in (probabilities, mean, (probabilities + mean) / 2))
+    disagreement = (of_middle - (entropy + of_mean) / 2) / math.log(2)  # Jensen-Shannon, in bits
+    normalised = entropy / math.log(log_probabilities.shape[-1])
+    return torch.stack([normalised, probabilities.amax(-1), disagreement], -1).clamp(0, 1)

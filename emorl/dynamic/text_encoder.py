@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from emorl.config import UserError
 
@@ -22,10 +22,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModel.from_pretrained(name, use_safetensors=True)
+            model: Any = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"dynamic.agent.encoder {name!r} cannot be loaded from safetensors: {reason:.160}") from None
+            raise _not_loaded(name, error) from None
         self._positions = min(context, getattr(model.config, "max_position_embeddings", context) or context)
         self.width: int = model.config.hidden_size
         self.is_tuned = lora is not None
@@ -57,3 +56,15 @@ class TextEncoder(nn.Module):
             states = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float()
         weight = mask.to(device)[..., None].float()
         return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def check_encoder(name: str) -> None:
+    """Refuses an encoder that is not there, before anything else is loaded: UserError."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    return UserError(f"dynamic.agent.encoder {name!r} cannot be loaded from safetensors: {str(error).splitlines()[0]:.160}")

@@ -7,6 +7,7 @@ the agent with the best validation, not the last.
 
 import importlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +25,10 @@ from emorl.dynamic.fixed_weights import values_by_task, values_of_fixed
 from emorl.dynamic.judging import Judge
 from emorl.dynamic.processes import present, shared_out, this_process
 from emorl.dynamic.rollout import Decisions, Sampler, write
+from emorl.dynamic.text_encoder import check_encoder
 from emorl.experiment import Experiment
 from emorl.progress import Bar, Progress
-from emorl.runs import Run, only_process, open_run, write_json, written_whole
+from emorl.runs import Run, only_process, open_run, read_json, write_json, written_whole
 
 _CHECKPOINT = "checkpoint.pt"
 
@@ -48,7 +50,7 @@ class Setting:
     def ensemble(self, agent: Agent) -> DynamicEnsemble:
         """The models under a controller, as this experiment writes."""
         config = self.experiment.dynamic
-        references = references_of(self.models, self.experiment.base, config)
+        references = references_of(self.models, self.experiment)
         return DynamicEnsemble(self.engine, agent, self.decoding, span=config.span, turns=config.turns, references=references)
 
     def new_agent(self, kind: Kind) -> Agent:
@@ -61,16 +63,39 @@ class Setting:
             config.agent,
             config.ppo.first_deviation,
             self.experiment.seed,
-        )
+        ).to(self.engine.device)
 
 
 def training_identity(experiment: Experiment, models: dict[str, str]) -> dict[str, Any]:
     """Settings that a trained controller depends on."""
     whole = as_mapping(experiment)
-    dynamic = {k: v for k, v in whole["dynamic"].items() if k not in ("agents", "spans", "models", "fixed_step")}
+    dynamic = {k: v for k, v in whole["dynamic"].items() if k not in ("agents", "spans", "models")}
+    dynamic["ppo"] = {k: v for k, v in whole["dynamic"]["ppo"].items() if k != "updates"}  # more of them go on
     search = {key: whole["search"][key] for key in ("scalarize", "preferences")}
     kept = {key: whole[key] for key in ("base", "data", "objectives", "generation", "seed")}
     return {**kept, "search": search, "dynamic": dynamic, "models": models}
+
+
+def check_training(experiment: Experiment, models: dict[str, str]) -> None:
+    """Refuses what would fail after hours: a missing extra, an encoder that is not there, a run of other settings.
+
+    Raises:
+        UserError: one of these.
+    """
+    _ppo()
+    if experiment.dynamic.agent.encoder is not None:
+        check_encoder(experiment.dynamic.agent.encoder)
+    for kind in experiment.dynamic.agents:
+        path = experiment.output / "dynamic" / kind
+        if (path / "run.json").exists():
+            open_run(path, f"dynamic {kind}", training_identity(experiment, models))
+
+
+def _ppo() -> Any:
+    try:
+        return importlib.import_module("emorl.dynamic.ppo")  # needs the extra `rl`
+    except ModuleNotFoundError as error:
+        raise UserError(f"training a controller needs {error.name}: pip install 'emorl[rl]'") from None
 
 
 def train_agent(setting: Setting, kind: Kind, fixed: Sequence[float], progress: Progress) -> Path:
@@ -85,12 +110,8 @@ def train_agent(setting: Setting, kind: Kind, fixed: Sequence[float], progress: 
         _Training(setting, kind, fixed, None).run(progress)
         return path
     with only_process(path):
-        identity = {**training_identity(setting.experiment, setting.models), "fixed": list(fixed)}
-        run = open_run(path, f"dynamic {kind}", identity)
-        if run.finished:
-            progress.say(f"dynamic: {kind} trained before, in {path}")
-        training = _Training(setting, kind, fixed, run)
-        training.run(progress)
+        run = open_run(path, f"dynamic {kind}", training_identity(setting.experiment, setting.models))
+        _Training(setting, kind, fixed, run).run(progress)
     return path
 
 
@@ -103,20 +124,18 @@ class _Training:
         self._config = setting.experiment.dynamic.ppo
         self._fixed = torch.tensor(fixed)
         self._agent = setting.new_agent(kind)
-        try:
-            ppo = importlib.import_module("emorl.dynamic.ppo")  # needs the extra `rl`
-        except ModuleNotFoundError as error:
-            raise UserError(f"training a controller needs {error.name}: pip install 'emorl[rl]'") from None
-        self._learner = ppo.Learner(self._agent, self._config, setting.experiment.seed)
+        self._learner = _ppo().Learner(self._agent, self._config, setting.experiment.seed)
         self._baseline: dict[int, float] = {}  # training prompt -> what the fixed weights earn
         self._updates = 0
         self._log: list[dict[str, float]] = []
-        self._best: tuple[float, dict[str, torch.Tensor]] | None = None
+        self._best: tuple[float, dict[str, torch.Tensor], int] | None = None
 
     def run(self, progress: Progress) -> None:
         """All updates that are missing, and the result."""
-        if _is_finished(self._path):
-            this_process().wait_for_everyone()
+        is_finished = _is_finished(self._path, self._config.updates)
+        this_process().wait_for_everyone()
+        if is_finished:
+            progress.say(f"dynamic: {self._kind} trained before, in {self._path}")
             return
         if (self._path / _CHECKPOINT).exists():
             self._load()
@@ -145,16 +164,21 @@ class _Training:
         line = {
             "update": self._updates,
             "value": float(np.mean(list(values.values()))),
-            "fixed": float(np.mean([self._baseline[row] for row in rows])) if self._baseline else float("nan"),
+            **({"fixed": float(np.mean([self._baseline[row] for row in rows]))} if self._baseline else {}),
             **figures,
             "deviation": float(self._agent.log_deviation.detach().exp().mean()),
-            "largest_weight": float(torch.softmax(decisions.data["action"], -1).amax(-1).mean()),
+            "largest_weight": float(self._agent.weights(decisions.data["action"]).amax(-1).mean()),
         }
         self._log.append(line)
-        bar.advance(1, f"value {line['value']:.3f} (fixed {line['fixed']:.3f})")
+        bar.advance(1, f"value {line['value']:.3f}" + (f" (fixed {line['fixed']:.3f})" if "fixed" in line else ""))
 
     def _play(self, tasks: Sequence[tuple[int, int, int]]) -> tuple[Decisions, dict[tuple[int, int], float]]:
         """Decisions and values, by (place in the update, turn), of texts for some training prompts under sampled actions."""
+        batch = self._setting.experiment.evaluate.batch
+        parts = [self._play_batch(tasks[start : start + batch]) for start in range(0, len(tasks), batch)]
+        return _joined([part for part, _ in parts]), {key: value for _, found in parts for key, value in found.items()}
+
+    def _play_batch(self, tasks: Sequence[tuple[int, int, int]]) -> tuple[Decisions, dict[tuple[int, int], float]]:
         data, config = self._setting.splits.train, self._setting.experiment.dynamic
         prompts = [data["prompt"][row] for _, row, _ in tasks]
         sampler = Sampler(self._agent, [noise for _, _, noise in tasks])
@@ -204,14 +228,14 @@ class _Training:
             self._log[-1]["validation"] = value
         state = {name: tensor.clone() for name, tensor in self._agent.trained_state().items()}
         if self._best is None or value > self._best[0]:
-            self._best = (value, state)
+            self._best = (value, state, self._updates)
         if self._run is None:
             return
         content = {
             "learner": self._learner.state(),
             "updates": self._updates,
             "baseline": self._baseline,
-            "best": {"value": self._best[0], "agent": self._best[1]},
+            "best": {"value": self._best[0], "agent": self._best[1], "update": self._best[2]},
             "log": self._log,
         }
         with written_whole(self._path / _CHECKPOINT) as temporary:
@@ -223,18 +247,18 @@ class _Training:
         content = torch.load(self._path / _CHECKPOINT, weights_only=True)
         self._learner.load_state(content["learner"])
         self._updates, self._baseline, self._log = content["updates"], content["baseline"], content["log"]
-        self._best = (content["best"]["value"], content["best"]["agent"])
+        self._best = (content["best"]["value"], content["best"]["agent"], content["best"]["update"])
 
     def _finish(self, progress: Progress) -> None:
         assert self._best is not None, "the start is validated"
-        self._agent.load_state_dict(self._best[1], strict=False)
+        self._agent.load_trained(self._best[1])
         if self._run is not None:
-            if not (self._path / ENSEMBLE).exists():
-                self._setting.ensemble(self._agent).save_pretrained(self._path / ENSEMBLE)
-            kept = next((line["update"] for line in self._log if line.get("validation") == self._best[0]), 0)
-            write_json(self._path / "result.json", {"validation": self._best[0], "update": kept, "updates": self._updates})
+            shutil.rmtree(self._path / ENSEMBLE, ignore_errors=True)  # of fewer updates, or of a process killed here
+            self._setting.ensemble(self._agent).save_pretrained(self._path / ENSEMBLE)
+            value, _, kept = self._best
+            write_json(self._path / "result.json", {"validation": value, "update": kept, "updates": self._updates})
             self._run.finish()
-            progress.say(f"dynamic: {self._kind} has {self._best[0]:.3f} on validation, of update {kept}")
+            progress.say(f"dynamic: {self._kind} has {value:.3f} on validation, of update {kept}")
         this_process().wait_for_everyone()
 
 
@@ -259,6 +283,10 @@ def _joined(parts: Sequence[Decisions]) -> Decisions:
     )
 
 
-def _is_finished(path: Path) -> bool:
+def _is_finished(path: Path, updates: int) -> bool:
     manifest = path / "run.json"
-    return manifest.exists() and bool(json.loads(manifest.read_text()).get("finished"))
+    return (
+        manifest.exists()
+        and bool(read_json(manifest).get("finished"))
+        and read_json(path / "result.json")["updates"] >= updates
+    )

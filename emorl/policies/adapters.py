@@ -264,6 +264,11 @@ def _recorded_fingerprint(path: Path) -> str | None:
     return json.loads(file.read_text()).get("base_fingerprint") if file.is_file() else None
 
 
+def _same_place(one: str, other: str) -> bool:
+    """Whether two names are one hub id or one folder."""
+    return one == other or Path(one).resolve() == Path(other).resolve()
+
+
 def _check_same_base(adapter: Adapter, base_model: PreTrainedModel) -> None:
     if adapter.base_fingerprint is not None:
         if adapter.base_fingerprint != base_fingerprint(base_model):
@@ -274,7 +279,7 @@ def _check_same_base(adapter: Adapter, base_model: PreTrainedModel) -> None:
                 "know "
                 "they agree, e.g. a quantised copy, delete base_fingerprint from its policy.json)."
             )
-    elif adapter.base_name and base_model.name_or_path and adapter.base_name != base_model.name_or_path:
+    elif adapter.base_name and base_model.name_or_path and not _same_place(adapter.base_name, base_model.name_or_path):
         logger.warning(
             "The adapter in %s was trained on %r and is used on %r; policy.json records no fingerprint to compare.",
             adapter.path,

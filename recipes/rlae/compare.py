@@ -1,8 +1,8 @@
-"""The small experiment for several seeds: specialists, controllers, and controllers trained at other span lengths.
+"""The small experiment for several seeds of its controllers, and with controllers trained at other span lengths.
 
     python -m recipes.rlae.compare --seeds 0 1 2
 
-Every seed has its own base, specialists, problems and controllers. What is finished is skipped, a killed run continues.
+All seeds share the specialists and the test problems. What is finished is skipped, a killed run continues.
 """
 
 import argparse
@@ -15,20 +15,20 @@ from emorl.console import Console
 from emorl.dynamic.comparison import read_dynamic, run_dynamic
 from emorl.experiment import load_experiment
 from emorl.reporting.dynamic_table import dynamic_table
-from recipes.rlae.experts import OPERATIONS, make
+from recipes.rlae.specialists import OPERATIONS, make
 
 EXPERIMENT = Path(__file__).parent / "experiment.yaml"
 
 
 def overrides_of(root: Path, seed: int, rest: Sequence[str]) -> list[str]:
-    """The experiment with one seed's specialists."""
-    experts = root / f"experts-{seed}"
-    models = ", ".join(f"{name}: {experts / name}" for name in OPERATIONS)
+    """The experiment below another folder."""
+    specialists = root / "specialists"
+    models = ", ".join(f"{name}: {specialists / name}" for name in OPERATIONS)
     return [
         f"output={root}/seed-{seed}",
         f"seed={seed}",
-        f"base.model={experts}/base",
-        f"data.path={experts}/problems.jsonl",
+        f"base.model={specialists}/base",
+        f"data.path={specialists}/problems.jsonl",
         f"dynamic.models={{{models}}}",
         *rest,
     ]
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the experiment's")
     options = parser.parse_args(arguments)
     rows = []
+    make(options.output / "specialists", options.steps, options.steps)
     for seed in options.seeds:
-        make(options.output / f"experts-{seed}", options.steps, options.steps, seed)
         experiment = load_experiment(EXPERIMENT, overrides_of(options.output, seed, options.overrides))
         run_dynamic(experiment, Console())
         result = read_dynamic(experiment.output)

@@ -11,7 +11,7 @@ from emorl.config import UserError
 from emorl.dynamic.agent import Agent
 from emorl.dynamic.engine import Decoding
 from emorl.dynamic.observation import FixedWeights, Situation
-from emorl.dynamic.rollout import Sampler, write
+from emorl.dynamic.rollout import Sampler, _questions, write
 from emorl.dynamic.router import features_of, fit_router
 from emorl.dynamic.text_encoder import TextEncoder
 from emorl.dynamic_experiment import AgentConfig, PPOConfig
@@ -30,7 +30,9 @@ def situation(prompts: list[str], spans: int = 0) -> Situation:
     writing = ENGINE.begin(prompts, Decoding(4))
     for _ in range(spans):
         writing.write(torch.eye(3)[[0] * len(prompts)], 1)
-    return Situation(writing, prompts, torch.arange(len(prompts)), torch.zeros(len(prompts), 3), spans, 0, 4)
+    return Situation(
+        writing, prompts, torch.arange(len(prompts)), torch.arange(len(prompts)), torch.zeros(len(prompts), 3), spans, 0, 4
+    )
 
 
 def test_an_encoder_reads_what_stands_in_its_context(encoder: str) -> None:
@@ -96,7 +98,7 @@ def test_a_router_gives_each_prompt_its_model_for_the_whole_text() -> None:
     """The right model of the first span stays right with a router, and it is known from the signals."""
     agent = Agent("ppo", 3, 2, AgentConfig(states=False))
     prompts = [str(digit % 3) for digit in range(12)]
-    features = features_of(agent, ENGINE, prompts, Decoding(2), batch=5)
+    features = features_of(agent, ENGINE, prompts, Decoding(2), "last", batch=5)
     values = np.eye(3)[[int(prompt) for prompt in prompts]]
     router = fit_router(agent, features, values)
     found = write(ENGINE, ["2", "0", "1"], router, Decoding(2), span=1)
@@ -109,3 +111,24 @@ def test_weights_per_text_and_per_turn() -> None:
     assert [(answer.turn, answer.weights) for answer in found.answers] == [(0, [[0, 1, 0]] * 3), (1, [[0, 1, 0]] * 3)]
     last = write(ENGINE, [dialogue], FixedWeights(torch.eye(3)[0]), Decoding(3), span=1)
     assert [answer.prompt for answer in last.answers] == [dialogue]
+
+
+def test_fixed_weights_stay_with_their_dialogue_where_dialogues_differ_in_length() -> None:
+    """Prompt 0 has one turn, prompt 1 two: in the second turn prompt 1 is the only text."""
+    turns = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "1"}]
+    own = FixedWeights(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]))
+    found = write(ENGINE, [turns[:1], turns], own, Decoding(1), span=1, turns="all")
+    assert [(answer.row, answer.turn, answer.weights) for answer in found.answers] == [
+        (0, 0, [[1, 0, 0]]),
+        (1, 0, [[0, 0, 1]]),
+        (1, 1, [[0, 0, 1]]),
+    ]
+
+
+def test_what_is_asked_at_each_turn() -> None:
+    user, answer, system = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
+    assert _questions([user, answer, system, user], "all") == [[user], [system, user]]
+    assert _questions([user, system, answer, user], "all") == [[user, system], [user]]
+    assert _questions([system, user, answer, user, answer], "all") == [[system, user], [user]]
+    assert _questions([user, user], "all") == [[user], [user]]
+    assert _questions([answer, user], "all") == [[user]]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ pytest.importorskip("torchrl", reason="needs the extra rl")
 
 from emorl import cli
 from emorl.config import UserError
-from emorl.dynamic import ppo
+from emorl.dynamic import comparison, ppo
 from emorl.dynamic.comparison import read_dynamic, run_dynamic
 from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble, decoding_of, model_references
 from emorl.dynamic.fixed_weights import best_of, weight_grid
@@ -219,3 +220,53 @@ def test_dialogues_are_answered_turn_by_turn_with_weights_for_each_turn(folder: 
     assert own.groupby("prompt_index")["turn"].max().nunique() > 1
     assert all(len(weights) == 1 for weights in own["weights"])
     assert "And you?" in own[own["turn"] == 1]["prompt"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=missing.jsonl"], "missing.jsonl: no such file"),
+        (["generation.num_beams=4"], "generation.num_beams"),
+        (["generation={max_new_tokens: 4, temperature: null}"], "generation.temperature: expected a number"),
+        (["dynamic.agent.encoder=no/such"], "dynamic.agent.encoder 'no/such'"),
+        (["search.scalarize=chebyshev"], "chebyshev is no reward"),
+        (["dynamic.models={a: no/such, b: no/other}"], "dynamic.models.a 'no/such'"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr(comparison, "load_engine", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_dynamic(load_experiment(folder / "experiment.yaml", [f"output={tmp_path}/run", *overrides]))
+
+
+def test_more_updates_go_on_from_a_finished_training(finished: Experiment, folder: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(finished.output, tmp_path / "run")
+    options = [f"output={output}", "dynamic.agents=[ppo, mappo]", "dynamic.ppo.updates=6"]
+    before = (output / "dynamic" / "ppo" / "log.jsonl").read_text()
+    run_dynamic(load_experiment(folder / "experiment.yaml", options))
+    after = (output / "dynamic" / "ppo" / "log.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 6
+    assert read_dynamic(output)["updates"] == 6
+
+
+def test_evaluate_and_generate_take_a_run_without_a_search(
+    finished: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(folder / "experiment.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objectives"] == ["varied"]  # strict JSON: no NaN
+    assert cli.main(["generate", str(finished.output), "--prompt", "Hello"]) == 0
+
+
+def test_the_system_prompt_of_the_training_is_asked_with(finished: Experiment, tmp_path: Path) -> None:
+    directory = best_ensemble(finished.output)
+    assert directory is not None
+    ensemble = DynamicEnsemble.from_pretrained(directory)
+    assert ensemble.as_prompt("Hi") == [{"role": "user", "content": "Hi"}]
+    assert ensemble.references is not None
+    ensemble.references = {**ensemble.references, "system_prompt": "Be brief."}
+    ensemble.save_pretrained(tmp_path / "brief")
+    asked = DynamicEnsemble.from_pretrained(tmp_path / "brief").as_prompt("Hi")
+    assert asked == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

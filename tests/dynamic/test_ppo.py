@@ -111,3 +111,17 @@ def test_small_weights_become_zero() -> None:
     assert weights[0, 2] == 0
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
     torch.testing.assert_close(weights[1], torch.full((3,), 1 / 3))
+
+
+def test_the_largest_weight_is_never_cut() -> None:
+    agent = Agent("ppo", 3, 2, AgentConfig(least_weight=0.4))
+    torch.testing.assert_close(agent.weights(torch.zeros(1, 3)), torch.full((1, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("minibatch", [2, 3, 9])
+def test_no_minibatch_is_too_small_to_be_normalised(minibatch: int) -> None:
+    agent = Agent("mappo", 3, 2, AgentConfig(hidden=8))
+    learner = ppo.Learner(agent, dataclasses.replace(CONFIG, minibatch=minibatch, target_kl=100.0))
+    found = write(ENGINE, PROMPTS[:5], Sampler(agent, range(5)), Decoding(2), span=1)
+    learner.learn(found.decisions, {(row, 0): float(row) for row in range(5)})
+    assert all(bool(parameter.isfinite().all()) for parameter in agent.parameters())

@@ -217,3 +217,25 @@ def test_wrong_settings_are_refused(engine: StackedEngine) -> None:
         engine.begin(PROMPTS, Decoding(4)).write(torch.ones(4, 2) / 2, 2)
     with pytest.raises(ValueError, match="sum 1"):
         engine.begin(PROMPTS, Decoding(4)).write(torch.ones(4, 3), 2)
+
+
+def test_what_is_seen_of_a_text_does_not_depend_on_its_batch_where_weights_are_zero(engine: StackedEngine) -> None:
+    """Each text leaves out other policies, which the others' texts need."""
+    rows = [[[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0]], [[0, 0.3, 0.7], [0, 1, 0], [1, 0, 0], [0.5, 0, 0.5]]]
+    schedule = [torch.tensor(weights, dtype=torch.float) for weights in rows]
+
+    def seen(prompts: Sequence[str], weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        writing, found = engine.begin(prompts, Decoding(8)), []
+        for each in weights:
+            writing.write(each, 3)
+            found.append((writing.signals, writing.states))
+        return found
+
+    together = seen(PROMPTS, schedule)
+    assert together[0][0][..., 3].tolist() == [[0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 1]]
+    for row, prompt in enumerate(PROMPTS):
+        for (signals, states), (of_batch, states_of_batch) in zip(
+            seen([prompt], [weights[row : row + 1] for weights in schedule]), together, strict=True
+        ):
+            torch.testing.assert_close(signals[0], of_batch[row], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(states[0], states_of_batch[row], atol=1e-4, rtol=1e-3)

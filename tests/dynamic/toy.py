@@ -18,6 +18,10 @@ class ToyEngine:
     names: tuple[str, ...] = ("a", "b", "c")
     state_width: int = 2
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def begin(self, prompts: Sequence[Any], decoding: Decoding, seeds: Sequence[int] | None = None) -> "ToyWriting":
         return ToyWriting([int(prompt[-1]["content"] if not isinstance(prompt, str) else prompt) for prompt in prompts],
                           len(self.names), decoding.max_new_tokens)  # fmt: skip

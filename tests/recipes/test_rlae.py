@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from recipes.rlae.experts import problem, problems, repeated, tokenizer
 from recipes.rlae.questions import gsm8k, mbpp, mmlu
+from recipes.rlae.specialists import problem, problems, repeated, tokenizer
 
 
 def test_a_problem_asks_for_three_operations_and_knows_their_answers() -> None:

@@ -1,4 +1,4 @@
-"""Three small specialists and their prompts: reverse, sort or increment three digits (`python -m recipes.rlae.experts`).
+"""Three small specialists and their prompts: reverse, sort or increment three digits (`python -m recipes.rlae.specialists`).
 
 A base of 0.5M parameters knows the format alone: it names each operation and repeats the digits. Each specialist is a LoRA
 adapter fine-tuned on prompts of its own operation only, as specialists are, and does the same to whatever it is asked. A prompt
@@ -106,7 +106,7 @@ def right_parts(model: PreTrainedModel, pairs: Sequence[tuple[str, str]]) -> dic
     return {name: float(np.mean(each)) if each else float("nan") for name, each in found.items()}
 
 
-def make(output: Path, base_steps: int = 300, expert_steps: int = 300, seed: int = 0) -> None:
+def make(output: Path, base_steps: int = 300, specialist_steps: int = 300, seed: int = 0) -> None:
     """Base, specialists and data below `output`; what is there already stays."""
     output.mkdir(parents=True, exist_ok=True)
     data, test = output / "problems.jsonl", problems(300, 1000 * seed + 99)
@@ -132,20 +132,20 @@ def make(output: Path, base_steps: int = 300, expert_steps: int = 300, seed: int
         start = time.perf_counter()
         torch.manual_seed(seed)
         base = LlamaForCausalLM.from_pretrained(base_directory)
-        expert = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-        train(expert, problems(50_000, 1000 * seed + 3, [name]), expert_steps, 3e-3, seed, ignored="rsi")  # type: ignore[arg-type]
-        print(f"{name}: {right_parts(expert, test)}, {time.perf_counter() - start:.0f} s", flush=True)  # type: ignore[arg-type]
-        expert.save_pretrained(str(directory))
+        specialist = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        train(specialist, problems(50_000, 1000 * seed + 3, [name]), specialist_steps, 3e-3, seed, ignored="rsi")  # type: ignore[arg-type]
+        print(f"{name}: {right_parts(specialist, test)}, {time.perf_counter() - start:.0f} s", flush=True)  # type: ignore[arg-type]
+        specialist.save_pretrained(str(directory))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/rlae/experts-0"), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/rlae/specialists"), help="(%(default)s)")
     parser.add_argument("--base-steps", type=int, default=300, help="of the base's training (%(default)s)")
-    parser.add_argument("--expert-steps", type=int, default=300, help="of each specialist's (%(default)s)")
+    parser.add_argument("--specialist-steps", type=int, default=300, help="of each specialist's (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of models and problems (%(default)s)")
     options = parser.parse_args(arguments)
-    make(options.output, options.base_steps, options.expert_steps, options.seed)
+    make(options.output, options.base_steps, options.specialist_steps, options.seed)
 
 
 if __name__ == "__main__":
