@@ -79,7 +79,8 @@ def test_rl_fusion_compares_a_few_candidates(tmp_path, tiny_base_dir, make_causa
     compare_fusions(["recipes/rl_fusion/experiment.yaml", *short, "--seeds", "0", "--policies", f"{tmp_path}/seed-{{seed}}"])
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert dict(zip(table["method"], table["evaluations"], strict=True)) == {
-        "q_learning": 5, "random": 5, "tpe": 5, "cma_es": 5, "reinforced_merging": 5, "coordinate_descent": 5,
+        "q_learning": 5, "random": 5, "tpe": 5, "cma_es": 5, "settings_descent": 5,
+        "reinforced_merging": 5, "coordinate_descent": 5,
         "equal linear": 0, "equal slerp": 0, "equal ties": 0,
     }  # fmt: skip
     assert "q_learning" in capsys.readouterr().out
