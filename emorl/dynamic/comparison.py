@@ -33,10 +33,10 @@ from emorl.dynamic.ensemble import (
 from emorl.dynamic.fixed_weights import best_of, values_of_fixed, weight_grid
 from emorl.dynamic.judging import Judge
 from emorl.dynamic.observation import Controller, FixedWeights
-from emorl.dynamic.processes import present, shared_out, this_process
+from emorl.dynamic.processes import shared_out, this_process
 from emorl.dynamic.rollout import Rollout
 from emorl.dynamic.router import features_of, fit_router
-from emorl.dynamic.training import Setting, check_training, train_agent, training_identity
+from emorl.dynamic.training import Setting, agent_directory, check_training, train_agent, training_identity
 from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives
 from emorl.progress import Progress, Silent
@@ -159,7 +159,7 @@ def _fixed(setting: Setting, path: Path, progress: Progress) -> dict[str, Any]:
 def _compare(setting: Setting, fixed: dict[str, Any], run: Run | None, progress: Progress) -> None:
     """Every process writes its part of the texts; the one with a run writes the result."""
     config, names = setting.experiment.dynamic, list(setting.models)
-    agents = {kind: _agent(setting, kind) for kind in config.agents}
+    agents: dict[Kind, Agent] = {kind: _agent(setting, kind) for kind in config.agents}
     controllers: list[tuple[str, Controller, int | Literal["turn"]]] = [
         *((f"{name} alone", FixedWeights(row), "turn") for name, row in zip(names, torch.eye(len(names)), strict=True)),
         ("equal weights", FixedWeights(torch.full((len(names),), 1 / len(names))), "turn"),
@@ -167,7 +167,9 @@ def _compare(setting: Setting, fixed: dict[str, Any], run: Run | None, progress:
         ("router per prompt", _router(setting), "turn"),
         *((f"RLAE-{kind.upper()}", agent, config.span) for kind, agent in agents.items()),
     ]
-    best = max(agents, key=lambda kind: read_json(_path(setting, kind) / "result.json")["validation"])
+    best: Kind = max(
+        agents, key=lambda kind: read_json(agent_directory(setting.experiment, kind) / "result.json")["validation"]
+    )
     others = [span for span in config.spans if span != config.span]
     controllers += [(f"RLAE-{best.upper()}", agents[best], span) for span in others]
     data = setting.splits.test
@@ -188,7 +190,7 @@ def _compare(setting: Setting, fixed: dict[str, Any], run: Run | None, progress:
     if run is None:
         return
     systems.insert(len(names) + 3, _oracle(np.max(values[: len(names)], 0), reference))
-    _write(setting, run, systems, controllers, rollouts, values, scores, fixed, best)
+    _write(setting, run, systems, controllers, rollouts, scores, fixed, best)
 
 
 def _written(setting: Setting, controller: Controller, span: int | Literal["turn"]) -> Rollout:
@@ -199,19 +201,15 @@ def _written(setting: Setting, controller: Controller, span: int | Literal["turn
     def work(rows: Sequence[int]) -> tuple[Sequence[int], Rollout]:
         return rows, ensemble.rollout([prompts[row] for row in rows], seeds=rows, batch=setting.experiment.evaluate.batch)
 
-    parts = present(shared_out(range(len(prompts)), work))
+    parts = shared_out(range(len(prompts)), work)
     answers = [replace(answer, row=rows[answer.row]) for rows, part in parts for answer in part.answers]
     seconds, of_controller = (max(getattr(part, name) for _, part in parts) for name in ("seconds", "controller_seconds"))
     return Rollout(answers, None, seconds, of_controller)
 
 
-def _path(setting: Setting, kind: str) -> Path:
-    return setting.experiment.output / "dynamic" / kind
-
-
 def _agent(setting: Setting, kind: Kind) -> Agent:
     agent = setting.new_agent(kind)
-    agent.load_trained(load_file(_path(setting, kind) / ENSEMBLE / AGENT_FILE))
+    agent.load_trained(load_file(agent_directory(setting.experiment, kind) / ENSEMBLE / AGENT_FILE))
     return agent.eval()
 
 
@@ -279,7 +277,6 @@ def _write(
     systems: Sequence[System],
     controllers: Sequence[tuple[str, Controller, int | str]],
     rollouts: Sequence[Rollout],
-    values: Sequence[NDArray[np.float64]],
     scores: Sequence[NDArray[np.float64]],
     fixed: dict[str, Any],
     best: str,

@@ -3,12 +3,14 @@
 `stacked.py` is for LoRA policies of one base, `union.py` for different models with different tokenizers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SIGNALS = ("entropy", "top_probability", "disagreement", "stale")
 """What is known of each model where a text ends, all in [0, 1]:
@@ -107,3 +109,26 @@ def check_weights(weights: Tensor, span: int, expected: tuple[int, int]) -> None
         raise ValueError(f"Got weights {weights.tolist()}; expected {expected}, at least 0 and of sum 1 in each row.")
     if span < 1:
         raise ValueError(f"Got span={span}; expected at least one token.")
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a text: those of the model's generation config, else the tokenizer's."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def distribution_signals(probabilities: Tensor, ran: Tensor | None = None, choices: Tensor | None = None) -> Tensor:
+    """The first three of `SIGNALS` for next-token probabilities (A, K, V): (A, K, 3).
+
+    Args:
+        ran: (A, K), which models count in the mean that disagreement is measured against; all by default.
+        choices: (A, 1), how many tokens there were to choose from, where they are fewer than V.
+    """
+    share = torch.ones_like(probabilities[..., 0]) if ran is None else ran.to(probabilities)
+    mean = torch.einsum("akv,ak->av", probabilities, share / share.sum(-1, keepdim=True))[:, None]  # (A, 1, V)
+    entropy, of_mean, of_middle = (torch.special.entr(p).sum(-1) for p in (probabilities, mean, (probabilities + mean) / 2))
+    disagreement = (of_middle - (entropy + of_mean) / 2) / math.log(2)  # Jensen-Shannon, in bits
+    most = torch.full_like(entropy, probabilities.shape[-1]) if choices is None else choices.to(entropy)
+    normalised = entropy / most.clamp_min(2).log()
+    return torch.stack([normalised, probabilities.amax(-1), disagreement], -1).clamp(0, 1)

@@ -1,7 +1,7 @@
 """The dynamic ensemble as one thing: models, a controller, and how it writes; saved as the agent and references to the models.
 
-ensemble = DynamicEnsemble.from_pretrained("runs/mine/dynamic/ppo/ensemble")
-ensemble.generate(["What is 17 + 25?"])[0].text
+>>> ensemble = DynamicEnsemble.from_pretrained("runs/mine/dynamic/ppo/ensemble")
+>>> ensemble.generate(["What is 17 + 25?"])[0].text
 """
 
 import json
@@ -161,22 +161,10 @@ class DynamicEnsemble:
         self.turns: Turns = turns
         self.references = references
 
-    def generate(
-        self,
-        prompts: Sequence[Any],
-        *,
-        span: int | Literal["turn"] | None = None,
-        seeds: Sequence[int] | None = None,
-        batch: int = _BATCH,
-        **decoding: Any,
-    ) -> list[Answer]:
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list[Answer]:
         """One answer to each prompt (text or conversation), in order; of a dialogue answered whole (`turns` all) one for each
-        of its user turns.
-
-        Args:
-            decoding: fields of `Decoding` that replace the ensemble's own, such as max_new_tokens.
-        """
-        return self.rollout(prompts, span=span, seeds=seeds, batch=batch, **decoding).answers
+        of its user turns. Options are those of `rollout`."""
+        return self.rollout(prompts, **options).answers
 
     def rollout(
         self,
@@ -187,7 +175,11 @@ class DynamicEnsemble:
         batch: int = _BATCH,
         **decoding: Any,
     ) -> Rollout:
-        """As `generate`, with the seconds it took."""
+        """As `generate`, with the seconds it took.
+
+        Args:
+            decoding: fields of `Decoding` that replace the ensemble's own, such as max_new_tokens.
+        """
         found = Rollout()
         seeds = list(range(len(prompts)) if seeds is None else seeds)
         for start in range(0, len(prompts), batch):

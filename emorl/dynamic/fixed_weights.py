@@ -13,7 +13,7 @@ from torch import Tensor
 from emorl.dynamic.engine import Decoding, Engine
 from emorl.dynamic.judging import Judge
 from emorl.dynamic.observation import FixedWeights
-from emorl.dynamic.processes import present, shared_out
+from emorl.dynamic.processes import shared_out
 from emorl.dynamic.rollout import Answer, Turns, write
 
 
@@ -61,7 +61,7 @@ def values_of_fixed(
         return found
 
     table = np.zeros((len(weights), len(prompts)))
-    for part in present(shared_out(tasks, work)):
+    for part in shared_out(tasks, work):
         for (index, row), value in part:
             table[index, row] = value
     return table

@@ -17,16 +17,11 @@ def this_process() -> PartialState:
 
 
 def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Found]) -> list[Found]:
-    """What `work` makes of each process's part of `items`, in their order: the same list in every process. One process does all
-    of it."""
+    """What `work` makes of each process's part of `items`, in their order: the same list in every process, without those that
+    had nothing to do. One process does all of it."""
     state = this_process()
     if state.num_processes == 1:
         return [work(items)]
     bounds = [len(items) * process // state.num_processes for process in range(state.num_processes + 1)]
     mine = items[bounds[state.process_index] : bounds[state.process_index + 1]]
-    return gather_object([work(mine) if mine else None])  # type: ignore[return-value]
-
-
-def present(found: Sequence[Found | None]) -> list[Found]:
-    """Without those of processes that had nothing to do."""
-    return [one for one in found if one is not None]
+    return gather_object([work(mine)] if mine else [])  # type: ignore[return-value]

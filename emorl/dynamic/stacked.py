@@ -4,7 +4,6 @@ One forward for all policies with a weight, one cache with K rows per text. A po
 its keys and values are put aside, and it reads what it missed when it returns.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.reading import CausalReader, Seq2SeqReader
 from emorl.aggregation.row_cache import RowLayer
 from emorl.aggregation.stacked_lora import AggregatingHead, policy_rows
-from emorl.dynamic.engine import SIGNALS, Decoding, check_weights
+from emorl.dynamic.engine import SIGNALS, Decoding, check_weights, distribution_signals, end_tokens
 from emorl.dynamic.sampling import choose, random_numbers
 from emorl.policies.prompts import decode, encode
 
@@ -40,9 +39,7 @@ class StackedEngine:
         self.ensemble, self.tokenizer = ensemble, tokenizer
         self.names, self.device = ensemble.policy_names, ensemble.device
         self.state_width: int = ensemble.config.get_text_config(decoder=True).hidden_size
-        ends: Any = ensemble.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = torch.tensor([] if ends is None else ends, device=ensemble.device).flatten()
+        self.ends = torch.tensor(end_tokens(ensemble, tokenizer), device=ensemble.device)
 
     def begin(self, prompts: Sequence[Any], decoding: Decoding, seeds: Sequence[int] | None = None) -> "StackedWriting":
         """As `Engine.begin`."""
@@ -81,8 +78,8 @@ class StackedWriting:
         """As `Writing.signals`."""
         if not self._signals_known and len(self._open):
             ran, active = self._weights > 0, list(self._active)  # (A, K)
-            log_probabilities = torch.log_softmax(self._logits(self._hidden).float(), -1)
-            fresh = distribution_signals(log_probabilities, ran[:, active]).cpu()
+            probabilities = torch.softmax(self._logits(self._hidden).float(), -1)
+            fresh = distribution_signals(probabilities, ran[:, active]).cpu()
             found = self._signals[self._open.cpu()]  # (A, K, S), a copy
             found[:, active, :-1] = torch.where(ran[:, active, None].cpu(), fresh, found[:, active, :-1])
             found[..., -1] = (~ran).float().cpu()
@@ -224,15 +221,3 @@ def _layers(cache: Cache) -> Sequence[RowLayer]:
 
 def _keys_and_values(cache: Cache) -> _Layers:
     return [(layer.keys, layer.values) for layer in _layers(cache)]  # type: ignore[misc]  # all of them hold some
-
-
-def distribution_signals(log_probabilities: Tensor, ran: Tensor | None = None) -> Tensor:
-    """The first three of `SIGNALS` for log-probabilities (A, K, V): (A, K, 3). `ran` (A, K) says which models count in the
-    mean that disagreement is measured against; all by default."""
-    probabilities = log_probabilities.exp()
-    share = torch.ones_like(probabilities[..., 0]) if ran is None else ran.to(probabilities)
-    mean = torch.einsum("akv,ak->av", probabilities, share / share.sum(-1, keepdim=True))[:, None]  # (A, 1, V)
-    entropy, of_mean, of_middle = (torch.special.entr(p).sum(-1) for p in (probabilities, mean, (probabilities + mean) / 2))
-    disagreement = (of_middle - (entropy + of_mean) / 2) / math.log(2)  # Jensen-Shannon, in bits
-    normalised = entropy / math.log(log_probabilities.shape[-1])
-    return torch.stack([normalised, probabilities.amax(-1), disagreement], -1).clamp(0, 1)

@@ -23,7 +23,7 @@ from emorl.dynamic.engine import Decoding, Engine
 from emorl.dynamic.ensemble import ENSEMBLE, DynamicEnsemble, decoding_of, references_of
 from emorl.dynamic.fixed_weights import values_by_task, values_of_fixed
 from emorl.dynamic.judging import Judge
-from emorl.dynamic.processes import present, shared_out, this_process
+from emorl.dynamic.processes import shared_out, this_process
 from emorl.dynamic.rollout import Decisions, Sampler, write
 from emorl.dynamic.text_encoder import check_encoder
 from emorl.experiment import Experiment
@@ -66,6 +66,11 @@ class Setting:
         ).to(self.engine.device)
 
 
+def agent_directory(experiment: Experiment, kind: Kind) -> Path:
+    """Of an agent's training run."""
+    return experiment.output / "dynamic" / kind
+
+
 def training_identity(experiment: Experiment, models: dict[str, str]) -> dict[str, Any]:
     """Settings that a trained controller depends on."""
     whole = as_mapping(experiment)
@@ -86,7 +91,7 @@ def check_training(experiment: Experiment, models: dict[str, str]) -> None:
     if experiment.dynamic.agent.encoder is not None:
         check_encoder(experiment.dynamic.agent.encoder)
     for kind in experiment.dynamic.agents:
-        path = experiment.output / "dynamic" / kind
+        path = agent_directory(experiment, kind)
         if (path / "run.json").exists():
             open_run(path, f"dynamic {kind}", training_identity(experiment, models))
 
@@ -105,7 +110,7 @@ def train_agent(setting: Setting, kind: Kind, fixed: Sequence[float], progress: 
     Args:
         fixed: the best fixed weights, whose values are the baseline.
     """
-    path = setting.experiment.output / "dynamic" / kind
+    path = agent_directory(setting.experiment, kind)
     if not this_process().is_main_process:
         _Training(setting, kind, fixed, None).run(progress)
         return path
@@ -120,7 +125,7 @@ class _Training:
 
     def __init__(self, setting: Setting, kind: Kind, fixed: Sequence[float], run: Run | None) -> None:
         self._setting, self._kind, self._run = setting, kind, run
-        self._path = setting.experiment.output / "dynamic" / kind
+        self._path = agent_directory(setting.experiment, kind)
         self._config = setting.experiment.dynamic.ppo
         self._fixed = torch.tensor(fixed)
         self._agent = setting.new_agent(kind)
@@ -156,7 +161,7 @@ class _Training:
         rows = np.repeat(generator.choice(len(data), count, replace=False), self._config.samples).tolist()
         noise = generator.integers(2**31, size=len(rows)).tolist()
         self._add_baselines(rows)
-        parts = present(shared_out(list(zip(range(len(rows)), rows, noise, strict=True)), self._play))
+        parts = shared_out(list(zip(range(len(rows)), rows, noise, strict=True)), self._play)
         decisions = _joined([part for part, _ in parts])
         values = {key: value for _, found in parts for key, value in found.items()}
         figures = self._learner.learn(decisions, self._rewards(values, rows))
@@ -272,7 +277,7 @@ def controlled_values(setting: Setting, agent: Agent) -> list[float]:
         )
         return values_by_task(setting.judge, data, found.answers, rows)
 
-    return [value for part in present(shared_out(range(len(data)), work)) for value in part]
+    return [value for part in shared_out(range(len(data)), work) for value in part]
 
 
 def _joined(parts: Sequence[Decisions]) -> Decisions:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emorl.dynamic.engine import SIGNALS, Decoding, check_weights
+from emorl.dynamic.engine import SIGNALS, Decoding, check_weights, distribution_signals, end_tokens
 from emorl.dynamic.reader import Reader, check_reader
 from emorl.dynamic.sampling import choose, random_numbers
 from emorl.dynamic.vocabulary import Transcript, UnionVocabulary, is_complete
@@ -51,7 +51,7 @@ class UnionEngine:
             check_reader(name, model, tokenizer)
         self.state_width = max(model.config.get_text_config().hidden_size for model in models)
         self.names, self.models, self.tokenizers = tuple(names), tuple(models), tuple(tokenizers)
-        ends = [_ends(model, tokenizer) for model, tokenizer in zip(models, tokenizers, strict=True)]
+        ends = [end_tokens(model, tokenizer) for model, tokenizer in zip(models, tokenizers, strict=True)]
         self.union = UnionVocabulary(tokenizers, [model.config.get_text_config().vocab_size for model in models], ends)
         self.device = models[0].device
         self.top_k = min(top_k, len(self.union)) if vocabulary == "top_k" else None
@@ -204,12 +204,9 @@ class UnionWriting:
             return
         _, shares = self._shares(rows, active)
         run = active[rows].to(shares.device)[:, :, None]  # (A, K, 1)
-        size = (shares > 0).any(1).sum(-1, keepdim=True) if self._engine.top_k else torch.tensor(shares.shape[-1])
-        mean = (shares * run).sum(1, keepdim=True) / run.sum(1, keepdim=True)  # (A, 1, C)
-        entropy, of_mean, of_middle = (torch.special.entr(p).sum(-1) for p in (shares, mean, (shares + mean) / 2))
-        disagreement = (of_middle - (entropy + of_mean) / 2) / torch.log(torch.tensor(2.0))
-        normalised = entropy / size.to(entropy).clamp_min(2).log()
-        fresh = torch.stack([normalised, shares.amax(-1), disagreement, torch.zeros_like(entropy)], -1).clamp(0, 1).cpu()
+        size = (shares > 0).any(1).sum(-1, keepdim=True) if self._engine.top_k else None
+        measured = distribution_signals(shares, run[..., 0], size).cpu()
+        fresh = torch.cat([measured, torch.zeros_like(measured[..., :1])], -1)
         stale = torch.ones(len(SIGNALS), dtype=torch.bool)
         stale[-1] = False
         kept = self._signals[rows].where(stale, 1.0)
@@ -223,10 +220,3 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
     elif not is_chat(tokenizer) and not isinstance(prompt, str):
         prompt = "\n".join(turn["content"] for turn in prompt)
     return encode(tokenizer, [prompt])["input_ids"][0].tolist()  # type: ignore[union-attr]
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a text: those of the model's generation config, else the tokenizer's."""
-    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
-from emorl.dynamic.engine import Decoding
+from emorl.dynamic.engine import Decoding, distribution_signals
 from emorl.dynamic.sampling import choose, random_numbers
-from emorl.dynamic.stacked import StackedEngine, distribution_signals
+from emorl.dynamic.stacked import StackedEngine
 from emorl.policies.adapters import read_adapter
 from emorl.policies.prompts import encode
 
@@ -189,12 +189,12 @@ def test_signals_are_of_each_policy_and_stale_where_it_was_not_run(engine: Stack
 def test_signals_of_known_distributions() -> None:
     certain, uniform = torch.tensor([1.0, 0, 0, 0]), torch.full((4,), 0.25)
     other = torch.tensor([0, 1.0, 0, 0])
-    found = distribution_signals(torch.stack([certain, uniform]).log()[None])[0]
+    found = distribution_signals(torch.stack([certain, uniform])[None])[0]
     assert found[:, 0].tolist() == pytest.approx([0, 1])
     assert found[:, 1].tolist() == pytest.approx([1, 0.25])
-    same = distribution_signals(torch.stack([uniform, uniform]).log()[None])[0]
+    same = distribution_signals(torch.stack([uniform, uniform])[None])[0]
     assert same[:, 2].tolist() == pytest.approx([0, 0], abs=1e-6)
-    opposed = distribution_signals(torch.stack([certain, other]).log()[None])[0]  # each against (1/2, 1/2)
+    opposed = distribution_signals(torch.stack([certain, other])[None])[0]  # each against (1/2, 1/2)
     assert opposed[:, 2].tolist() == pytest.approx([0.311278] * 2, abs=1e-5)
 
 
