@@ -44,15 +44,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.trie import plain_greedy
 from emorl.config import UserError
+from emorl.config.experiment import Experiment, load_experiment
 from emorl.data import load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import completions_table, mean_and_error, score
-from emorl.experiment import Experiment, load_experiment
 from emorl.objectives.loading import Objective, load_objective
 from emorl.policies.adapters import Adapter
-from emorl.policies.loading import load_base, read_policies
+from emorl.policies.base import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.training.directories import policy_directories
+from emorl.runs.layout import policy_directories
 
 HIDDEN, PARAMETERS = "(a) hidden states", "(b) parameters"
 SYNCHRONISED, UNSYNCHRONISED = "(c) logits, synchronised", "(d) authors' logit level, unsynchronised"

@@ -29,12 +29,12 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.adapter_fusion import SIZES, make_model
 from emorl.aggregation.ensemble import HiddenStateEnsemble
-from emorl.dynamic.agent import Agent
-from emorl.dynamic.engine import Decoding
-from emorl.dynamic.observation import FixedWeights
+from emorl.config.dynamic import AgentConfig
+from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.observation import FixedWeights
+from emorl.dynamic.engines.engine import Decoding
+from emorl.dynamic.engines.stacked import StackedEngine
 from emorl.dynamic.rollout import write
-from emorl.dynamic.stacked import StackedEngine
-from emorl.dynamic_experiment import AgentConfig
 from emorl.policies.adapters import read_adapter
 
 PROMPT_TOKENS = 32

@@ -26,11 +26,11 @@ import numpy as np
 import optuna
 
 from benchmarks.record_scores import TABLES, lattice
-from emorl.search.hierarchical_grid import HierarchicalGrid
-from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
-from emorl.search.simplex_refinement import SimplexRefinement
+from emorl.search.proposers.hierarchical_grid import HierarchicalGrid
+from emorl.search.proposers.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.proposers.simplex_refinement import SimplexRefinement
+from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished, Proposer
-from emorl.search.weight_space import WeightSpace
 
 BUDGETS = (10, 20, 40, 70, 100, 200)
 COMPARED = (40, 100, 200)

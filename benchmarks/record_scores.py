@@ -17,14 +17,14 @@ import torch
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder, plain_greedy
+from emorl.config.experiment import load_run
 from emorl.data import load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import completions_table, score
-from emorl.experiment import load_run
 from emorl.objectives.loading import load_objective
-from emorl.policies.loading import load_base, read_policies
+from emorl.policies.base import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.training.directories import policy_directories
+from emorl.runs.layout import policy_directories
 
 TABLES = Path(__file__).parent / "score_tables"
 _AT_ONCE = 64  # candidates

@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from benchmarks.decode import CLOCKS, measure_machine
-from emorl.objectives.batching import similar_lengths
-from emorl.objectives.classifier import Classifier
-from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.models.batching import similar_lengths
+from emorl.objectives.models.classifier import Classifier
+from emorl.objectives.models.likelihood import Likelihood
 
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "real": (

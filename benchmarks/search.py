@@ -41,15 +41,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder
+from emorl.config.experiment import load_run
 from emorl.data import load_prompts
-from emorl.experiment import load_run
 from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import load_base
+from emorl.policies.base import load_base
 from emorl.policies.prompts import encode, is_chat
-from emorl.search.hierarchical_grid import HierarchicalGrid
+from emorl.runs.layout import policy_directories
+from emorl.search.proposers.hierarchical_grid import HierarchicalGrid
+from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished
-from emorl.search.weight_space import WeightSpace
-from emorl.training.directories import policy_directories
 
 POLICIES, LEVELS, AUTHORS_BATCH = 3, 5, 16
 AUTHORS_EVALUATIONS = LEVELS * 3**POLICIES

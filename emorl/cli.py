@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
-    from emorl.config import describe
-    from emorl.experiment import Experiment
+    from emorl.config.experiment import Experiment
+    from emorl.config.yaml import describe
 
     command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="experiment.yaml")
     command.add_argument(
@@ -126,8 +126,8 @@ def _add_experiment(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_reward(command: argparse.ArgumentParser, name: str) -> None:
-    from emorl.config import describe
-    from emorl.reward_experiment import RefreshExperiment, RewardExperiment
+    from emorl.config.reward import RefreshExperiment, RewardExperiment
+    from emorl.config.yaml import describe
 
     kind, example, what = {
         "train-reward": (RewardExperiment, _REWARD_HELP, "one reward model"),
@@ -145,8 +145,8 @@ def _add_reward(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_fuse(command: argparse.ArgumentParser, name: str) -> None:
-    from emorl.config import describe
-    from emorl.fuse_experiment import CheckpointsFile
+    from emorl.config.fuse import CheckpointsFile
+    from emorl.config.yaml import describe
 
     command.add_argument(
         "file", type=Path, metavar="FILE", help="experiment.yaml, or a YAML of checkpoints to fuse, ours or mergekit's"
@@ -193,7 +193,7 @@ def _add_quickstart(command: argparse.ArgumentParser, name: str) -> None:
 
 def _load(options: argparse.Namespace) -> Any:
     """The experiment of the file and overrides."""
-    from emorl.experiment import load_experiment
+    from emorl.config.experiment import load_experiment
 
     storage = [f"search.storage={options.storage}"] if getattr(options, "storage", None) else []
     return load_experiment(options.experiment, [*options.overrides, *storage])
@@ -201,8 +201,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 def _keep_config(experiment: Any) -> None:
     """Writes the resolved experiment beside its results, after a stage has accepted it: a refused one changes nothing."""
-    from emorl.config import to_yaml
-    from emorl.runs import write_text
+    from emorl.config.yaml import to_yaml
+    from emorl.runs.run import write_text
 
     write_text(experiment.output / "experiment.yaml", to_yaml(experiment))
 
@@ -211,7 +211,7 @@ def _train(options: argparse.Namespace) -> None:
     experiment = _load(options)
     _train_policies(experiment, options.objective)
     if options.json:
-        from emorl.runs import read_json
+        from emorl.runs.run import read_json
 
         names = options.objective or experiment.policy_names
         results = {name: read_json(experiment.training_of(name) / "result.json") for name in names}
@@ -219,8 +219,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _train_policies(experiment: Any, names: Sequence[str] | None) -> None:
-    from emorl.console import Console
     from emorl.objectives.loading import check_objectives
+    from emorl.runs.console import Console
     from emorl.training.policy import train
 
     check_objectives(experiment.objectives)
@@ -231,10 +231,10 @@ def _train_policies(experiment: Any, names: Sequence[str] | None) -> None:
 
 
 def _train_reward(options: argparse.Namespace) -> None:
-    from emorl.console import Console
-    from emorl.reward_experiment import load_reward_experiment
-    from emorl.training.reward_card import figures_table
-    from emorl.training.reward_model import read_figures, train_reward
+    from emorl.config.reward import load_reward_experiment
+    from emorl.runs.console import Console
+    from emorl.training.reward.card import figures_table
+    from emorl.training.reward.model import read_figures, train_reward
 
     experiment = load_reward_experiment(options.experiment, options.overrides)
     figures = read_figures(train_reward(experiment, Console()))
@@ -242,10 +242,10 @@ def _train_reward(options: argparse.Namespace) -> None:
 
 
 def _refresh_reward(options: argparse.Namespace) -> None:
-    from emorl.console import Console
+    from emorl.config.reward import load_refresh_experiment
     from emorl.reporting.reward_tables import refresh_table
-    from emorl.reward_experiment import load_refresh_experiment
-    from emorl.training.refresh import read_rounds, refresh
+    from emorl.runs.console import Console
+    from emorl.training.reward.refresh import read_rounds, refresh
 
     rounds = read_rounds(refresh(load_refresh_experiment(options.experiment, options.overrides), Console()))
     print(json.dumps(rounds, indent=2) if options.json else refresh_table(rounds))
@@ -266,7 +266,7 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _search_weights(experiment: Any) -> None:
-    from emorl.console import Console
+    from emorl.runs.console import Console
     from emorl.search.weight_search import search, silence_optuna
 
     silence_optuna()
@@ -285,8 +285,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(experiment: Any) -> None:
-    from emorl.console import Console
     from emorl.reporting.comparison import compare
+    from emorl.runs.console import Console
 
     compare(experiment, Console())
     _keep_config(experiment)
@@ -302,9 +302,9 @@ def _print_comparison(output: Path, as_json: bool) -> None:
 
 
 def _compare_methods(options: argparse.Namespace) -> None:
-    from emorl.console import Console
     from emorl.reporting.method_comparison import compare_methods, read_comparison
     from emorl.reporting.method_tables import method_tables
+    from emorl.runs.console import Console
     from emorl.search.weight_search import silence_optuna
 
     experiment = _load(options)
@@ -321,9 +321,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _run_all(experiment: Any, as_json: bool) -> None:
-    from emorl.console import Console
     from emorl.evaluation.perplexity import check_language_model
     from emorl.reporting.report import write_report
+    from emorl.runs.console import Console
     from emorl.search.weight_search import check_mode, check_proposer
 
     check_mode(experiment)
@@ -338,8 +338,8 @@ def _run_all(experiment: Any, as_json: bool) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from emorl.console import Console
     from emorl.reporting.report import write_report
+    from emorl.runs.console import Console
 
     report = write_report(options.directory)
     if options.json:
@@ -349,9 +349,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _fuse(options: argparse.Namespace) -> None:
-    from emorl.config import read_yaml
-    from emorl.console import Console
-    from emorl.fuse_experiment import is_experiment, load_checkpoints_file
+    from emorl.config.fuse import is_experiment, load_checkpoints_file
+    from emorl.config.yaml import read_yaml
+    from emorl.runs.console import Console
 
     output = [] if options.output is None else [f"output={options.output}"]
     overrides = [*options.overrides, *output]
@@ -372,9 +372,9 @@ def _fuse(options: argparse.Namespace) -> None:
 
 
 def _fuse_policies(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from emorl.console import Console
-    from emorl.experiment import load_experiment
+    from emorl.config.experiment import load_experiment
     from emorl.reporting.fusion_lines import fusion_lines
+    from emorl.runs.console import Console
     from emorl.search.fusion_result import finished_fusion, read_fusion
 
     proposer = [] if options.proposer is None else [f"fuse.proposer={options.proposer}"]
@@ -392,7 +392,7 @@ def _fuse_policies(options: argparse.Namespace, overrides: Sequence[str]) -> Non
 
 
 def _searched_fusion(experiment: Any) -> Path:
-    from emorl.console import Console
+    from emorl.runs.console import Console
     from emorl.search.fusion_search import fuse_policies
     from emorl.search.weight_search import silence_optuna
 
@@ -404,9 +404,9 @@ def _searched_fusion(experiment: Any) -> Path:
 
 def _dynamic(options: argparse.Namespace) -> None:
     experiment = _load(options)  # a wrong file fails before torch is imported
-    from emorl.console import Console
     from emorl.dynamic.comparison import run_dynamic
     from emorl.dynamic.processes import this_process
+    from emorl.runs.console import Console
 
     run_dynamic(experiment, Console())
     if this_process().is_main_process:
@@ -423,8 +423,8 @@ def _print_dynamic(output: Path, as_json: bool) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from emorl.objectives.preference import parse_preferences
     from emorl.reporting.generation import generate_lines
-    from emorl.search.preference import parse_preferences
 
     preferences = parse_preferences(options.prefer) if options.prefer else {}
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -446,7 +446,7 @@ def _check_objectives(options: argparse.Namespace) -> int:
     from emorl.data import load_prompts
     from emorl.objectives.check import check_objective
     from emorl.objectives.loading import check_objectives, load_objective
-    from emorl.policies.loading import load_tokenizer
+    from emorl.policies.base import load_tokenizer
     from emorl.policies.prompts import is_chat
     from emorl.reporting.objective_tables import checks_json, print_checks
 
@@ -464,8 +464,8 @@ def _check_objectives(options: argparse.Namespace) -> int:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-    from emorl.console import Console
     from emorl.quickstart.experiment import quickstart_experiment
+    from emorl.runs.console import Console
 
     experiment = quickstart_experiment(options.output, options.seed, Console())
     _run_all(experiment, options.json)

@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from emorl.config import UserError, nearest
-from emorl.experiment import DataConfig
+from emorl.config.experiment import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import datasets
 import transformers
 
 from emorl.config import UserError
-from emorl.console import Console
-from emorl.reward_experiment import RewardDataConfig, RewardExperiment
-from emorl.runs import read_json, write_json, write_text
-from emorl.training.reward_card import figures_table
-from emorl.training.reward_model import MODEL_DIRECTORY, train_reward
+from emorl.config.reward import RewardDataConfig, RewardExperiment
+from emorl.runs.console import Console
+from emorl.runs.run import read_json, write_json, write_text
+from emorl.training.reward.card import figures_table
+from emorl.training.reward.model import MODEL_DIRECTORY, train_reward
 
 TRAINING = {"learning_rate": 2e-4, "num_train_epochs": 4}
 FAST_ON_CPU = {"attn_implementation": "eager", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

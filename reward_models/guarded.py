@@ -1,8 +1,8 @@
 """A reward model that no fixed sentence can please: a classifier of the form, times how far the words belong to this prompt.
 
 A classifier alone scores form: one generic sentence earns its score under every prompt, and 60 steps of GRPO find it. The
-gate is `emorl.objectives.similarity.Specificity`, whose mean over prompts is bounded for any one sentence, and the share of
-the response that is copied from the prompt, which specificity would reward. Gate and classifier are learned apart: a
+gate is `emorl.objectives.models.similarity.Specificity`, whose mean over prompts is bounded for any one sentence, and the
+share of the response that is copied from the prompt, which specificity would reward. Gate and classifier are learned apart: a
 cross-encoder trained on few prompts learns form long before it learns who is meant.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from emorl.data import completion_text, prompt_text
 from emorl.objectives import Classifier, Specificity
-from emorl.objectives.frozen_model import Dtype
-from emorl.objectives.text import ngrams
+from emorl.objectives.models.frozen_model import Dtype
+from emorl.objectives.rules.text import ngrams
 
 GATE_FILE, BANK_FILE = "gate.json", "bank.txt"
 _COPIED = 4  # words in a row that count as copied; one's own words take up to three from the prompt

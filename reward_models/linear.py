@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from emorl.objectives.similarity import SentenceEncoder, shared_encoder
-from emorl.runs import read_json, write_json
+from emorl.objectives.models.similarity import SentenceEncoder, shared_encoder
+from emorl.runs.run import read_json, write_json
 
 WORDS_FILE, WEIGHTS_FILE = "linear.json", "linear.safetensors"
 

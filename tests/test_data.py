@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from emorl.config import UserError
+from emorl.config.experiment import DataConfig
 from emorl.data import completion_text, load_prompts, prompt_text
-from emorl.experiment import DataConfig
 
 
 def write(path, rows):

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from emorl.cli import main
-from emorl.experiment import load_experiment
-from emorl.reward_experiment import load_refresh_experiment
+from emorl.config.experiment import load_experiment
+from emorl.config.reward import load_refresh_experiment
 from recipes.rl_fusion.compare import main as compare_fusions
 from recipes.rmm.search import main as search_plans
 

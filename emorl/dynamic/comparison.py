@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from emorl.config import UserError
+from emorl.config.experiment import Experiment
 from emorl.data import load_prompts, prompt_text
-from emorl.dynamic.agent import Agent, Kind
+from emorl.dynamic.agents.agent import Agent, Kind
+from emorl.dynamic.agents.observation import Controller, FixedWeights
 from emorl.dynamic.ensemble import (
     AGENT_FILE,
     ENSEMBLE,
@@ -32,15 +34,13 @@ from emorl.dynamic.ensemble import (
 )
 from emorl.dynamic.fixed_weights import best_of, values_of_fixed, weight_grid
 from emorl.dynamic.judging import Judge
-from emorl.dynamic.observation import Controller, FixedWeights
 from emorl.dynamic.processes import shared_out, this_process
 from emorl.dynamic.rollout import Rollout
 from emorl.dynamic.router import features_of, fit_router
 from emorl.dynamic.training import Setting, agent_directory, check_training, train_agent, training_identity
-from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives
-from emorl.progress import Progress, Silent
-from emorl.runs import Run, only_process, open_run, read_json, write_json, written_whole
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import Run, only_process, open_run, read_json, write_json, written_whole
 
 _ROUTED = 512  # training prompts a router learns from, at most
 _RESAMPLES = 4000

@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config import UserError, nearest
-from emorl.dynamic.agent import Agent
-from emorl.dynamic.engine import Decoding, Engine
-from emorl.dynamic.observation import Controller
+from emorl.config.dynamic import AgentConfig
+from emorl.config.experiment import BaseConfig, Experiment
+from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.observation import Controller
+from emorl.dynamic.engines.engine import Decoding, Engine
+from emorl.dynamic.engines.stacked import StackedEngine
+from emorl.dynamic.engines.union import UnionEngine
 from emorl.dynamic.rollout import Answer, Rollout, Turns, write
-from emorl.dynamic.stacked import StackedEngine
-from emorl.dynamic.union import UnionEngine
-from emorl.dynamic_experiment import AgentConfig
-from emorl.experiment import BaseConfig, Experiment
-from emorl.policies.loading import is_encoder_decoder, load_base, load_tokenizer, read_policies
+from emorl.policies.base import is_encoder_decoder, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
-from emorl.runs import read_json, written_whole_directory
-from emorl.training.directories import policy_directories
+from emorl.runs.layout import policy_directories
+from emorl.runs.run import read_json, written_whole_directory
 
 AGENT_FILE, DYNAMIC_FILE = "agent.safetensors", "dynamic.json"
 ENSEMBLE = "ensemble"

@@ -10,9 +10,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emorl.dynamic.engine import Decoding, Engine
+from emorl.dynamic.agents.observation import FixedWeights
+from emorl.dynamic.engines.engine import Decoding, Engine
 from emorl.dynamic.judging import Judge
-from emorl.dynamic.observation import FixedWeights
 from emorl.dynamic.processes import shared_out
 from emorl.dynamic.rollout import Answer, Turns, write
 

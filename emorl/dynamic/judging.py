@@ -9,8 +9,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from emorl.config import UserError
+from emorl.config.experiment import Experiment
 from emorl.dynamic.rollout import Answer
-from emorl.experiment import Experiment
 from emorl.objectives.loading import Objective, load_objective
 from emorl.objectives.scalarize import importance_of, scalarize
 from emorl.policies.prompts import as_completion

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emorl.dynamic.agent import Agent
-from emorl.dynamic.engine import Decoding, Engine
-from emorl.dynamic.observation import Controller, Situation
+from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.observation import Controller, Situation
+from emorl.dynamic.engines.engine import Decoding, Engine
 from emorl.policies.prompts import as_completion
 
 Turns = Literal["last", "all"]

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emorl.dynamic.agent import Agent
-from emorl.dynamic.engine import Decoding, Engine
-from emorl.dynamic.observation import Situation
+from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.observation import Situation
+from emorl.dynamic.engines.engine import Decoding, Engine
 from emorl.dynamic.rollout import Turns, write
 
 

@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from emorl.config import UserError, as_mapping
+from emorl.config import UserError
+from emorl.config.experiment import Experiment
+from emorl.config.yaml import as_mapping
 from emorl.data import Splits
-from emorl.dynamic.agent import Agent, Kind
-from emorl.dynamic.engine import Decoding, Engine
+from emorl.dynamic.agents.agent import Agent, Kind
+from emorl.dynamic.agents.text_encoder import check_encoder
+from emorl.dynamic.engines.engine import Decoding, Engine
 from emorl.dynamic.ensemble import ENSEMBLE, DynamicEnsemble, decoding_of, references_of
 from emorl.dynamic.fixed_weights import values_by_task, values_of_fixed
 from emorl.dynamic.judging import Judge
 from emorl.dynamic.processes import shared_out, this_process
 from emorl.dynamic.rollout import Decisions, Sampler, write
-from emorl.dynamic.text_encoder import check_encoder
-from emorl.experiment import Experiment
-from emorl.progress import Bar, Progress
-from emorl.runs import Run, only_process, open_run, read_json, write_json, written_whole
+from emorl.runs.progress import Bar, Progress
+from emorl.runs.run import Run, only_process, open_run, read_json, write_json, written_whole
 
 _CHECKPOINT = "checkpoint.pt"
 
@@ -98,7 +99,7 @@ def check_training(experiment: Experiment, models: dict[str, str]) -> None:
 
 def _ppo() -> Any:
     try:
-        return importlib.import_module("emorl.dynamic.ppo")  # needs the extra `rl`
+        return importlib.import_module("emorl.dynamic.agents.ppo")  # needs the extra `rl`
     except ModuleNotFoundError as error:
         raise UserError(f"training a controller needs {error.name}: pip install 'emorl[rl]'") from None
 

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from emorl.config import UserError
-from emorl.objectives.batching import score_in_batches
-from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.models.batching import score_in_batches
+from emorl.objectives.models.likelihood import Likelihood
 
 PERPLEXITY = "perplexity"
 PAPER_PERPLEXITY = "paper_perplexity"

@@ -26,7 +26,7 @@ from emorl.evaluation.text_metrics import (
 )
 from emorl.objectives.loading import Objective
 from emorl.policies.prompts import as_completion, decode, encode
-from emorl.runs import Cost
+from emorl.runs.run import Cost
 
 Progress = Callable[[int], None]
 """called with the number of completions just finished"""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from emorl.objectives.text import Repetition, ngrams
+from emorl.objectives.rules.text import Repetition, ngrams
 
 _CLITIC = r"'(?:s|re|ve|ll|d|m)(?!\w|-(?!-))"
 _NEGATION = r"n't(?!\w|-(?!-))"

@@ -29,7 +29,7 @@ from emorl.fusion.operators import (
     stock_coefficients,
 )
 from emorl.policies.adapters import Adapter
-from emorl.runs import write_json, write_text, written_whole_directory
+from emorl.runs.run import write_json, write_text, written_whole_directory
 
 _WEIGHTED_SUMS = ("linear", "task_arithmetic", "keep", "slerp", "model_stock")  # of deltas; all others: entry by entry
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from emorl.config import UserError
 from emorl.fusion.operators import Fusion, check_fusion, fuse_tensor, tensor_workers
 from emorl.fusion.tensor_files import ShardWriter, TensorEntry, TensorSpec, read_tensor, tensor_entries
-from emorl.progress import Progress, Silent
-from emorl.runs import written_whole_directory
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import written_whole_directory
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"})
 _LEFT_BEHIND = frozenset({"README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json", ".gitattributes"})

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from emorl.config import UserError, as_mapping
-from emorl.fuse_experiment import CheckpointsFile
+from emorl.config import UserError
+from emorl.config.fuse import CheckpointsFile
+from emorl.config.yaml import as_mapping
 from emorl.fusion.checkpoints import (
     CheckpointFusion,
     check_checkpoints,
@@ -22,8 +23,8 @@ from emorl.fusion.checkpoints import (
 )
 from emorl.fusion.mergekit_file import mergekit_fusion
 from emorl.fusion.operators import Fusion, check_fusion
-from emorl.progress import Progress, Silent
-from emorl.runs import read_json
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import read_json
 
 _INPUTS_NAME = "fusion_inputs.json"
 RECIPE_NAME = "fusion.yaml"

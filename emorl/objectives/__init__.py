@@ -20,15 +20,15 @@ An objective is called as `objective(prompts=…, completions=…, **columns)` a
 | judge | score, or preference over a reference, by a rubric in words under a chat model, at an endpoint or local | [0, 1] |
 """
 
-from emorl.objectives.classifier import Classifier
-from emorl.objectives.exact_match import ExactMatch
-from emorl.objectives.judge import Judge
-from emorl.objectives.likelihood import Likelihood
-from emorl.objectives.multiple_choice import MultipleChoice
-from emorl.objectives.numeric_answer import NumericAnswer
-from emorl.objectives.similarity import Specificity
-from emorl.objectives.text import Distinct2, Length, Repetition
-from emorl.objectives.unit_tests import UnitTests
+from emorl.objectives.code.unit_tests import UnitTests
+from emorl.objectives.judge.judge import Judge
+from emorl.objectives.models.classifier import Classifier
+from emorl.objectives.models.likelihood import Likelihood
+from emorl.objectives.models.similarity import Specificity
+from emorl.objectives.rules.exact_match import ExactMatch
+from emorl.objectives.rules.multiple_choice import MultipleChoice
+from emorl.objectives.rules.numeric_answer import NumericAnswer
+from emorl.objectives.rules.text import Distinct2, Length, Repetition
 
 REGISTRY = {
     "classifier": Classifier,

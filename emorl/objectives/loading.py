@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from emorl.config import UserError, nearest, parse
-from emorl.experiment import ObjectiveConfig
+from emorl.config import UserError, nearest
+from emorl.config.experiment import ObjectiveConfig
+from emorl.config.yaml import parse
 from emorl.objectives import REGISTRY
 from emorl.objectives.scale import RAW, Scale, declared_range, interval, resolve
 

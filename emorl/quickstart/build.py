@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from emorl.progress import Progress, Silent
 from emorl.quickstart import corpus, words
-from emorl.runs import only_process, write_text
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import only_process, write_text
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = [PAD, END, SYSTEM, USER, ASSISTANT]  # ids 0 to 4

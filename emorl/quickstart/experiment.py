@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from emorl.experiment import (
+from emorl.config.experiment import (
     BaseConfig,
     ConvergenceConfig,
     DataConfig,
@@ -14,9 +14,9 @@ from emorl.experiment import (
     SearchConfig,
     TrainConfig,
 )
-from emorl.progress import Progress
 from emorl.quickstart.build import build
-from emorl.runs import Cost, write_json
+from emorl.runs.progress import Progress
+from emorl.runs.run import Cost, write_json
 
 
 def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experiment:

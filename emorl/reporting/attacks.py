@@ -10,16 +10,16 @@ import pandas as pd
 from datasets import Dataset
 
 from emorl.config import UserError, nearest
+from emorl.config.experiment import Experiment
 from emorl.data import Splits, load_prompts
 from emorl.evaluation.hacking import References, Score, check_objective, sameness
 from emorl.evaluation.scoring import score
-from emorl.experiment import Experiment
 from emorl.objectives.loading import Objective, load_objective
-from emorl.policies.loading import load_tokenizer
+from emorl.policies.base import load_tokenizer
 from emorl.policies.prompts import is_chat
-from emorl.progress import Progress
 from emorl.reporting.results import BASE, without_nan
-from emorl.runs import Cost, Run, read_json, write_json
+from emorl.runs.progress import Progress
+from emorl.runs.run import Cost, Run, read_json, write_json
 
 _AT_ONCE = 256
 

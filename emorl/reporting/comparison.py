@@ -20,21 +20,22 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emorl.aggregation.ensemble import BASE_POLICY, MIXTURES, ParameterAverage
-from emorl.config import UserError, as_mapping
+from emorl.config import UserError
+from emorl.config.experiment import Experiment
+from emorl.config.yaml import as_mapping
 from emorl.data import prompt_text
 from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble
 from emorl.evaluation.pareto import front, hypervolume, reference_point
 from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
 from emorl.evaluation.scoring import Evaluation, check_generation, cost_of, evaluate, score, summarize
-from emorl.experiment import Experiment
 from emorl.objectives.loading import Objective, load_objective, outside_range
-from emorl.policies.loading import load_base, read_policies
-from emorl.progress import Progress, Silent
+from emorl.policies.base import load_base, read_policies
 from emorl.reporting.attacks import attack, attacks_missing, load_splits
 from emorl.reporting.results import BASE
-from emorl.runs import Run, only_process, open_run, write_json, written_whole
+from emorl.runs.layout import policy_directories, training_settings
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import Run, only_process, open_run, write_json, written_whole
 from emorl.search.weight_search import check_mode, read_result, search_settings
-from emorl.training.directories import policy_directories, training_settings
 
 DYNAMIC = "dynamic"
 

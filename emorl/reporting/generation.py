@@ -9,16 +9,16 @@ from typing import Any
 
 from emorl.aggregation.ensemble import MIXTURES, HiddenStateEnsemble
 from emorl.config import UserError
+from emorl.config.experiment import BaseConfig, Experiment, load_run
 from emorl.dynamic.ensemble import DYNAMIC_FILE, DynamicEnsemble, best_ensemble
 from emorl.evaluation.scoring import generate
-from emorl.experiment import BaseConfig, Experiment, load_run
+from emorl.objectives.preference import choose
 from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import Base, load_base, read_policies
+from emorl.policies.base import Base, load_base, read_policies
 from emorl.policies.prompts import is_chat
+from emorl.runs.layout import POLICY_DIRECTORY, policy_directories
 from emorl.search.fusion_result import FUSE
-from emorl.search.preference import choose
 from emorl.search.weight_search import read_result
-from emorl.training.directories import POLICY_DIRECTORY, policy_directories
 
 _ADAPTER_FILE = "adapter_config.json"
 

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from emorl.config.experiment import Experiment
 from emorl.evaluation.bootstrap import Offer, difference, resampled
 from emorl.evaluation.pareto import hypervolume, reference_point
 from emorl.evaluation.scoring import check_generation, summarize
-from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives, load_objective
-from emorl.progress import Progress, Silent
 from emorl.reporting.attacks import load_splits
 from emorl.reporting.methods import COMBINED, MethodRun, method_runs
 from emorl.reporting.offers import (
@@ -34,7 +33,8 @@ from emorl.reporting.offers import (
     points_of,
     score_points,
 )
-from emorl.runs import only_process, read_json, write_json, written_whole
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import only_process, read_json, write_json, written_whole
 from emorl.search.weight_search import check_proposer, search
 from emorl.training.policy import train
 

@@ -7,7 +7,7 @@ policies together, and none stops when it has converged (when it would have is r
 from dataclasses import dataclass, replace
 
 from emorl.config import UserError
-from emorl.experiment import Experiment, TrainConfig
+from emorl.config.experiment import Experiment, TrainConfig
 from emorl.training.trainers import training_block, training_steps
 
 COMBINED = ("ensemble", "soups", "scaled_ensemble", "scaled_soups")

@@ -17,17 +17,17 @@ from datasets import Dataset
 from peft import PeftModel
 
 from emorl.aggregation.ensemble import MIXTURES
-from emorl.experiment import BaseConfig, ConvergenceConfig, Experiment
+from emorl.config.experiment import BaseConfig, ConvergenceConfig, Experiment
 from emorl.objectives.loading import Objective
-from emorl.policies.loading import load_base, read_policies
+from emorl.policies.base import load_base, read_policies
 from emorl.policies.prompts import encode
-from emorl.progress import Progress
 from emorl.reporting.comparison import evaluate_weights, spread
 from emorl.reporting.methods import COMBINED
-from emorl.runs import Cost, read_json, written_whole
+from emorl.runs.layout import POLICY_DIRECTORY, policy_directories
+from emorl.runs.progress import Progress
+from emorl.runs.run import Cost, read_json, written_whole
 from emorl.search.weight_search import read_result
 from emorl.training.callbacks import has_converged
-from emorl.training.directories import POLICY_DIRECTORY, policy_directories
 
 EVALUATION_SEED = 10_000
 """added to the seed where decoding samples: training and search have drawn none of these"""

@@ -18,12 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from emorl.config import to_yaml
+from emorl.config.yaml import to_yaml
 from emorl.reporting import figures
 from emorl.reporting.findings import objective_findings, systems_alike
 from emorl.reporting.fusion_lines import fusion_lines
 from emorl.reporting.results import BASE, BEST, Results, paired_difference, read_results, validations
-from emorl.runs import write_text
+from emorl.runs.run import write_text
 
 _TEMPLATE = "report.html"
 _PROMPTS = 12

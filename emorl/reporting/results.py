@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from emorl.config import UserError
-from emorl.experiment import Experiment, load_run
-from emorl.runs import Cost, read_json
+from emorl.config.experiment import Experiment, load_run
+from emorl.runs.run import Cost, read_json
 
 BEST = "ensemble, best found"
 BASE = "base"

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emorl.config import as_mapping
-from emorl.experiment import Experiment
-from emorl.runs import open_run, read_json
-from emorl.training.directories import training_settings
+from emorl.config.experiment import Experiment
+from emorl.config.yaml import as_mapping
+from emorl.runs.layout import training_settings
+from emorl.runs.run import open_run, read_json
 
 FUSE = "fuse"
 """the stage, and its directory in the experiment's output"""

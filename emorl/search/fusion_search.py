@@ -19,33 +19,33 @@ import pandas as pd
 from datasets import Dataset
 
 from emorl.config import UserError, nearest
+from emorl.config.experiment import Experiment
 from emorl.data import Splits, load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import check_generation, cost_of, generate, mean_and_error, score
-from emorl.experiment import Experiment
 from emorl.fusion.adapters import fuse_adapters
 from emorl.fusion.loaded import LoadedFusion, loaded_adapters
 from emorl.fusion.operators import Fusion, check_fusion
 from emorl.objectives.loading import check_objectives, load_objective
 from emorl.objectives.scalarize import importance_of
 from emorl.policies.adapters import Adapter, read_adapter
-from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
+from emorl.policies.base import Base, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
-from emorl.progress import Progress, Silent
-from emorl.runs import open_run, write_json, written_whole
-from emorl.search.coordinate_descent import CoordinateDescent
+from emorl.runs.layout import POLICY_DIRECTORY, policy_directories
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import open_run, write_json, written_whole
 from emorl.search.fusion_result import FUSE, finished_fusion, fusion_identity
-from emorl.search.fusion_space import FusionSpace
-from emorl.search.layer_space import LayerSpace
 from emorl.search.moving_set import MovingSet
-from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
-from emorl.search.q_learning import QLearning, QSettings
-from emorl.search.settings_descent import SettingsDescent
+from emorl.search.proposers.coordinate_descent import CoordinateDescent
+from emorl.search.proposers.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.proposers.q_learning import QLearning, QSettings
+from emorl.search.proposers.settings_descent import SettingsDescent
+from emorl.search.spaces.fusion_space import FusionSpace
+from emorl.search.spaces.layer_space import LayerSpace
 from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Valuation, finished_trials, open_study
 from emorl.search.study import search as run_search
 from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_search import check_mode
-from emorl.training.directories import POLICY_DIRECTORY, policy_directories
 
 Q_LEARNING, SETTINGS_DESCENT = "q_learning", "settings_descent"
 REINFORCED_MERGING, COORDINATE_DESCENT = "reinforced_merging", "coordinate_descent"
@@ -209,7 +209,7 @@ def _proposer(
         if config.proposer == COORDINATE_DESCENT:
             return CoordinateDescent(space.merging, value)
         try:
-            merging = importlib.import_module("emorl.search.reinforced_merging")  # needs the extra `rl`
+            merging = importlib.import_module("emorl.search.proposers.reinforced_merging")  # needs the extra `rl`
         except ModuleNotFoundError as error:
             raise UserError(f"reinforced_merging needs {error.name}: pip install 'emorl[rl]'") from None
         return merging.ReinforcedMerging(space.merging, value, experiment.seed, merging.PPOSettings(episodes=config.trials))

@@ -12,6 +12,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from emorl.config import UserError, nearest
+from emorl.config.fuse import StrataConfig
 from emorl.evaluation.strata import (
     Allocation,
     Estimate,
@@ -24,8 +25,7 @@ from emorl.evaluation.strata import (
     split,
     stratify,
 )
-from emorl.fuse_experiment import StrataConfig
-from emorl.search.q_learning import Gain
+from emorl.search.proposers.q_learning import Gain
 from emorl.search.study import Finished
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from emorl.config.experiment import Experiment
 from emorl.evaluation.pareto import front
-from emorl.experiment import Experiment
 from emorl.objectives.scalarize import importance_of, scalarize
-from emorl.runs import Cost
+from emorl.runs.run import Cost
 from emorl.search.study import Finished, Params, Valuation
 
 

@@ -19,16 +19,16 @@ from datasets import Dataset
 from emorl.aggregation.ensemble import MIXTURES, AdapterMixture, HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder, plain_greedy
 from emorl.config import UserError
+from emorl.config.experiment import Experiment, SearchConfig
 from emorl.data import load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import completions_table, generate, mean_and_error, score
-from emorl.experiment import Experiment, SearchConfig
 from emorl.objectives.loading import Objective, load_objective
-from emorl.policies.loading import Base, load_base, load_tokenizer, read_policies
+from emorl.policies.base import Base, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import encode, is_chat
 from emorl.search.racing import blocks, survivors
+from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished, Params, Scored
-from emorl.search.weight_space import WeightSpace
 
 _ROWS = 256  # sequences decoded together by generate()
 

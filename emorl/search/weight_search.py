@@ -14,23 +14,24 @@ import numpy as np
 import optuna
 
 from emorl.aggregation.ensemble import BASE_POLICY
-from emorl.config import UserError, as_mapping, nearest
+from emorl.config import UserError, nearest
+from emorl.config.experiment import Experiment, SearchConfig
+from emorl.config.yaml import as_mapping
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import check_generation
-from emorl.experiment import Experiment, SearchConfig
 from emorl.objectives.loading import check_objectives, outside_range
 from emorl.objectives.scalarize import importance_of, scalarize
-from emorl.progress import Progress, Silent
-from emorl.runs import open_run, read_json, write_json, written_whole
-from emorl.search.hierarchical_grid import HierarchicalGrid
-from emorl.search.optuna_samplers import SAMPLERS, OptunaProposer
-from emorl.search.simplex_refinement import SimplexRefinement
+from emorl.runs.layout import policy_directories, training_settings
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import open_run, read_json, write_json, written_whole
+from emorl.search.proposers.hierarchical_grid import HierarchicalGrid
+from emorl.search.proposers.optuna_samplers import SAMPLERS, OptunaProposer
+from emorl.search.proposers.simplex_refinement import SimplexRefinement
+from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Budget, Finished, Proposer, Valuation, finished_trials, open_study
 from emorl.search.study import search as run_search
 from emorl.search.trials import total_cost, trials_table, valuation
 from emorl.search.weight_evaluation import ScoreValue, WeightEvaluator
-from emorl.search.weight_space import WeightSpace
-from emorl.training.directories import policy_directories, training_settings
 
 STUDY_NAME = "weights"
 GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}

@@ -14,8 +14,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emorl.objectives.loading import Objective
-from emorl.progress import Bar
-from emorl.runs import Cost, Run
+from emorl.runs.progress import Bar
+from emorl.runs.run import Cost, Run
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from emorl.config import UserError, nearest
-from emorl.experiment import Experiment, ObjectiveConfig
+from emorl.config.experiment import Experiment, ObjectiveConfig
 from emorl.objectives.scalarize import importance_of
 
 

@@ -13,15 +13,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel
 
-from emorl.config import as_mapping
+from emorl.config.experiment import Experiment
+from emorl.config.yaml import as_mapping
 from emorl.evaluation.scoring import check_generation
-from emorl.experiment import Experiment
 from emorl.objectives.loading import check_objectives, outside_range
-from emorl.progress import Progress, Silent
-from emorl.runs import Run, only_process, open_run, write_json
+from emorl.runs.layout import POLICY_DIRECTORY, policy_directories, training_settings
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.run import Run, only_process, open_run, write_json
 from emorl.training.callbacks import CollapseCallback, CostCallback, ProgressCallback
 from emorl.training.checkpoints import last_complete_checkpoint
-from emorl.training.directories import POLICY_DIRECTORY, policy_directories, training_settings
 from emorl.training.dynaopt import SCORE
 from emorl.training.modes import PolicyPlan, plan_of
 from emorl.training.trainers import (

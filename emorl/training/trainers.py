@@ -18,12 +18,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from emorl.config import UserError, check_keys
+from emorl.config.experiment import Experiment
 from emorl.data import load_prompts
 from emorl.evaluation.scoring import evaluate, summarize
-from emorl.experiment import Experiment
 from emorl.objectives.loading import Objective, load_objective
 from emorl.policies.adapters import base_fingerprint
-from emorl.policies.loading import is_encoder_decoder, load_base, load_tokenizer
+from emorl.policies.base import is_encoder_decoder, load_base, load_tokenizer
 from emorl.policies.prompts import is_chat
 from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter

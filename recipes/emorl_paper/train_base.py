@@ -35,8 +35,8 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF
 
 from emorl.config import UserError
+from emorl.config.experiment import load_experiment
 from emorl.data import load_prompts
-from emorl.experiment import load_experiment
 from emorl.training.checkpoints import last_complete_checkpoint
 from reward_models.dialogues import SOURCES, responses
 from reward_models.pair_data import Pair, cut, hold_out

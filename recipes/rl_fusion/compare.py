@@ -14,15 +14,15 @@ from pathlib import Path
 import pandas as pd
 from peft import PeftModel
 
-from emorl.console import Console
+from emorl.config.experiment import Experiment, load_experiment
+from emorl.config.fuse import PolicyFuseConfig
 from emorl.data import load_prompts
 from emorl.evaluation.scoring import evaluate, summarize
-from emorl.experiment import Experiment, load_experiment
-from emorl.fuse_experiment import PolicyFuseConfig
 from emorl.objectives.loading import load_objective
-from emorl.policies.loading import load_base, load_tokenizer
+from emorl.policies.base import load_base, load_tokenizer
 from emorl.policies.prompts import is_chat
-from emorl.runs import written_whole
+from emorl.runs.console import Console
+from emorl.runs.run import written_whole
 from emorl.search.fusion_result import read_fusion
 from emorl.search.fusion_search import fuse_policies
 from emorl.search.weight_search import silence_optuna

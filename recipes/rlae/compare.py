@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from emorl.console import Console
+from emorl.config.experiment import load_experiment
 from emorl.dynamic.comparison import read_dynamic, run_dynamic
-from emorl.experiment import load_experiment
 from emorl.reporting.dynamic_table import dynamic_table
+from emorl.runs.console import Console
 from recipes.rlae.specialists import OPERATIONS, make
 
 EXPERIMENT = Path(__file__).parent / "experiment.yaml"

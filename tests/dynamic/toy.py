@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emorl.dynamic.engine import Decoding
+from emorl.dynamic.engines.engine import Decoding
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers import (
 
 from emorl.cli import main
 from emorl.config import UserError
-from emorl.fuse_experiment import CheckpointsFile
+from emorl.config.fuse import CheckpointsFile
 from emorl.fusion import checkpoints
 from emorl.fusion.checkpoints import CheckpointFusion, FusedTensor, fuse_checkpoints, open_checkpoint
 from emorl.fusion.operators import Fusion, fuse_tensor

@@ -1,6 +1,6 @@
 from emorl.objectives import REGISTRY
 from emorl.objectives.catalogue import EXAMPLE_COMPLETION, EXAMPLE_PROMPT, catalogue
-from emorl.objectives.text import Length
+from emorl.objectives.rules.text import Length
 
 
 def test_every_registered_objective_says_what_it_scores_and_its_range_and_has_a_score_or_says_what_it_needs():

@@ -5,13 +5,13 @@ import itertools
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from emorl.experiment import TransformConfig
+from emorl.config.experiment import TransformConfig
 from emorl.objectives import REGISTRY
 from emorl.objectives.catalogue import catalogue
 from emorl.objectives.check import TOGETHER, check_objective
-from emorl.objectives.classifier import Classifier
-from emorl.objectives.likelihood import Likelihood
 from emorl.objectives.loading import Objective
+from emorl.objectives.models.classifier import Classifier
+from emorl.objectives.models.likelihood import Likelihood
 from emorl.objectives.scale import declared_range, resolve
 
 CHAT = {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I am sad."}], "topic": "grief"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emorl.config import UserError
-from emorl.experiment import ObjectiveConfig
+from emorl.config.experiment import ObjectiveConfig
 from emorl.objectives.catalogue import catalogue
 from emorl.objectives.loading import Objective, check_objectives, load_objective
 
@@ -86,7 +86,7 @@ def test_wrong_scores_are_refused_by_name_and_value(scores, message):
         ("clasifier", {}, "objective 'x': no objective function is called 'clasifier'; did you mean 'classifier'"),
         ("zzz", {}, "valid: 'classifier|valid: classifier, distinct_2"),
         ("no.such.module:f", {}, "cannot import 'no.such.module'"),
-        ("emorl.objectives.text:Lenght", {}, "has no 'Lenght'; did you mean 'Length'"),
+        ("emorl.objectives.rules.text:Lenght", {}, "has no 'Lenght'; did you mean 'Length'"),
         ("emorl.objectives:REGISTRY", {}, "expected a function or class"),
         ("length", {"maximun": 3}, "unknown option 'maximun'; did you mean 'maximum'"),
         ("classifier", {}, "option 'model' is missing"),

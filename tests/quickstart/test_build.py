@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from emorl.progress import Silent
 from emorl.quickstart import build as builder
 from emorl.quickstart.build import BuildConfig, build
+from emorl.runs.progress import Silent
 
 TINY = BuildConfig(vocabulary=400, hidden=16, layers=1, batch=4, base_steps=3, judge_steps=2, fluency_steps=2, prompts=20)
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from emorl.cli import main
+from emorl.config.experiment import load_experiment
 from emorl.evaluation.pareto import hypervolume
-from emorl.experiment import load_experiment
 from emorl.reporting.method_tables import method_tables
 from emorl.reporting.methods import method_runs
 

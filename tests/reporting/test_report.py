@@ -11,7 +11,7 @@ from emorl.config import UserError
 from emorl.reporting.report import Rival, headline, rivals, write_report
 from emorl.reporting.results import read_results
 from emorl.reporting.tables import comparison_json
-from emorl.runs import read_json, write_json
+from emorl.runs.run import read_json, write_json
 from tests.reporting.synthetic_run import OBJECTIVES
 
 

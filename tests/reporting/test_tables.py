@@ -11,7 +11,7 @@ import pytest
 from emorl.config import UserError
 from emorl.reporting.results import cost_table, generations, paired_difference, read_results
 from emorl.reporting.tables import comparison_json, print_comparison, print_front
-from emorl.runs import read_json, write_json
+from emorl.runs.run import read_json, write_json
 from tests.reporting.synthetic_run import HOSTILE, OBJECTIVES
 
 

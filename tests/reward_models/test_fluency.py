@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emorl.objectives.likelihood import Likelihood
+from emorl.objectives.models.likelihood import Likelihood
 from reward_models.fluency.measure import SHORTEST, attack_scores, main, read_responses, separation, word_shuffled
 from reward_models.pair_data import Pair
 

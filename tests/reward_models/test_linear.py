@@ -8,7 +8,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from emorl.objectives.similarity import SentenceEncoder
+from emorl.objectives.models.similarity import SentenceEncoder
 from reward_models.empathy.objective import combined
 from reward_models.linear import LinearModel, fit
 

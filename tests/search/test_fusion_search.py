@@ -14,16 +14,17 @@ import yaml
 from peft import PeftModel
 
 from emorl.cli import main
-from emorl.config import UserError, to_yaml
+from emorl.config import UserError
+from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig
+from emorl.config.fuse import PolicyFuseConfig, StrataConfig
+from emorl.config.yaml import to_yaml
 from emorl.data import load_prompts
 from emorl.evaluation.scoring import evaluate
-from emorl.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig
-from emorl.fuse_experiment import PolicyFuseConfig, StrataConfig
 from emorl.fusion.loaded import loaded_adapters, loaded_models
 from emorl.fusion.operators import OPERATORS, Fusion
 from emorl.objectives.loading import load_objective
 from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import load_base
+from emorl.policies.base import load_base
 from emorl.search import fusion_search
 from emorl.search.fusion_result import read_fusion
 from emorl.search.fusion_search import fuse_policies

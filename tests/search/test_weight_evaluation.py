@@ -12,16 +12,16 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.trie import plain_greedy
 from emorl.config import UserError
+from emorl.config.experiment import SearchConfig
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import evaluate
-from emorl.experiment import SearchConfig
 from emorl.objectives.loading import Objective
 from emorl.objectives.scalarize import scalarize
 from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import Base
+from emorl.policies.base import Base
+from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished
 from emorl.search.weight_evaluation import WeightEvaluator
-from emorl.search.weight_space import WeightSpace
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("hi", "how are you", "x", "a longer prompt", "hm", "so", "q", "you")

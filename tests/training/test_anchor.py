@@ -7,8 +7,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from emorl.config import UserError
-from emorl.experiment import BaseConfig, CollapseConfig, ConvergenceConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
-from emorl.progress import Silent
+from emorl.config.experiment import (
+    BaseConfig,
+    CollapseConfig,
+    ConvergenceConfig,
+    DataConfig,
+    Experiment,
+    ObjectiveConfig,
+    TrainConfig,
+)
+from emorl.runs.progress import Silent
 from emorl.training.anchor import kl_to_base
 from emorl.training.policy import train
 

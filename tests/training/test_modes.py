@@ -11,11 +11,11 @@ from transformers import AutoModelForSeq2SeqLM
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config import UserError
+from emorl.config.experiment import BaseConfig, CollapseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
 from emorl.evaluation.scoring import generate
-from emorl.experiment import BaseConfig, CollapseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
 from emorl.policies.adapters import read_adapter
-from emorl.policies.loading import load_base
-from emorl.training.directories import policy_directories
+from emorl.policies.base import load_base
+from emorl.runs.layout import policy_directories
 from emorl.training.modes import plan_of
 from emorl.training.policy import train
 from emorl.training.trainers import prompts_per_step, trainer_config

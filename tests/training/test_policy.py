@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from emorl.config import UserError, to_yaml
-from emorl.experiment import (
+from emorl.config import UserError
+from emorl.config.experiment import (
     BaseConfig,
     CollapseConfig,
     ConvergenceConfig,
@@ -26,9 +26,10 @@ from emorl.experiment import (
     TrainConfig,
     TransformConfig,
 )
+from emorl.config.yaml import to_yaml
 from emorl.policies.adapters import read_adapter
-from emorl.progress import Silent
-from emorl.training.directories import policy_directories
+from emorl.runs.layout import policy_directories
+from emorl.runs.progress import Silent
 from emorl.training.policy import train
 
 pytestmark = [
@@ -165,7 +166,7 @@ def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experime
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         from pathlib import Path
-        from emorl.experiment import load_run
+        from emorl.config.experiment import load_run
         from emorl.training.policy import train
         import torch; torch.set_num_threads(1)
         train(load_run(Path({str(tmp_path / "killed")!r})), "letters")

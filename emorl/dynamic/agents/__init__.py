@@ -1,0 +1,1 @@
+"""Agents: what chooses the weights of the next span, and how it learns."""

@@ -1,0 +1,1 @@
+"""Engines: what writes text with several models whose weights may change after every span."""

@@ -1,0 +1,1 @@
+"""An objective that runs the completion's code in a sandbox."""

@@ -1,0 +1,1 @@
+"""An objective that asks a chat model, by a rubric in words."""

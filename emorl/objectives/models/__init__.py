@@ -1,0 +1,1 @@
+"""Objectives that ask a model: classifiers, language models, sentence encoders."""

@@ -1,0 +1,1 @@
+"""Objectives that are rules over words and the data's columns."""

@@ -1,0 +1,1 @@
+"""Proposers: functions of the finished trials to the next candidates."""

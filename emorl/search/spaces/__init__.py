@@ -1,0 +1,1 @@
+"""Spaces of candidates: weights, fusion settings, merging maps."""

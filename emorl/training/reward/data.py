@@ -1,0 +1,129 @@
+"""Graded responses as a reward model learns from them: targets in [0, 1], groups that are never split, lists to compare."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from datasets import Dataset
+
+from emorl.config import UserError, nearest
+from emorl.config.reward import RewardExperiment
+from emorl.data import completion_text, prompt_text, read_table
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One response with its targets, in [0, 1] or (classification) one-hot."""
+
+    prompt: str | None
+    response: str
+    targets: tuple[float, ...]
+    group: str
+
+
+@dataclass(frozen=True)
+class GradedData:
+    """`names` has one entry for each target."""
+
+    names: list[str]
+    training: list[Graded]
+    validation: list[Graded]
+
+    def fingerprint(self) -> str:
+        """Changes with any row, so that a run over edited tables is another run."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def load_graded(experiment: RewardExperiment) -> GradedData:
+    """Reads the tables, checks every row and keeps whole groups for validation.
+
+    Raises:
+        UserError: missing files or columns, empty responses, labels out of range, too few groups.
+    """
+    data = experiment.data
+    tables = [read_table(path) for path in (data.path, data.validation_path) if path]
+    names = _names(experiment, tables)
+    rows = [
+        _graded(experiment, table, path, names) for table, path in zip(tables, (data.path, data.validation_path), strict=False)
+    ]
+    if len(rows) == 2:
+        seen = {row.group for row in rows[1]}
+        return GradedData(names, _filled([row for row in rows[0] if row.group not in seen], data.path), rows[1])
+    groups = sorted({row.group for row in rows[0]})
+    if len(groups) < 2:
+        raise UserError(f"{data.path}: all rows are of one group; validation needs others (data.group_column)")
+    random.Random(experiment.seed).shuffle(groups)
+    kept = set(groups[: min(len(groups) - 1, max(1, round(data.validation * len(groups))))])
+    parts = [[row for row in rows[0] if (row.group in kept) == held_out] for held_out in (False, True)]
+    return GradedData(names, *parts)
+
+
+def compared(rows: Sequence[Graded], size: int, seed: int) -> list[list[Graded]]:
+    """Lists of up to `size` rows of a group, for a ranking; what has nobody to be compared with stands alone."""
+    rng = random.Random(seed)
+    members: dict[str, list[Graded]] = {}
+    for row in rows:
+        members.setdefault(row.group, []).append(row)
+    lists = []
+    for group in members.values():
+        rng.shuffle(group)
+        lists += [group[start : start + size] for start in range(0, len(group), size)]
+    return lists
+
+
+def _filled(rows: list[Graded], path: str) -> list[Graded]:
+    if not rows:
+        raise UserError(f"{path}: every group of it is in the validation file; none is left to train on")
+    return rows
+
+
+def _names(experiment: RewardExperiment, tables: Sequence[Dataset]) -> list[str]:
+    """Names of the outputs: the label columns, or the classes."""
+    data = experiment.data
+    wanted = [*([data.prompt_column] if data.prompt_column else []), data.response_column, *data.labels]
+    wanted += [data.group_column] if data.group_column else []
+    for table, path in zip(tables, (data.path, data.validation_path), strict=False):
+        for column in wanted:
+            if column not in table.column_names:
+                raise UserError(f"{path} has no column {column!r}; {nearest(column, table.column_names)}")
+    if experiment.loss != "classification":
+        return list(data.labels)
+    classes = sorted({str(label) for table in tables for label in table[data.labels[0]]})
+    if len(classes) < 2:
+        raise UserError(f"{data.path}: column {data.labels[0]!r} has one class, {classes[0]!r}; a classifier needs two")
+    return classes
+
+
+def _graded(experiment: RewardExperiment, table: Dataset, path: str | None, names: Sequence[str]) -> list[Graded]:
+    data, result = experiment.data, []
+    for number, row in enumerate(table, start=1):
+        where = f"{path}, row {number}"
+        assert isinstance(row, dict)
+        response = row[data.response_column]
+        if not isinstance(response, (str, list)):
+            raise UserError(f"{where}: {data.response_column!r} is {response!r:.40}; expected text or a conversation")
+        prompt = None if data.prompt_column is None else row[data.prompt_column]
+        if prompt is None and data.prompt_column is not None:
+            raise UserError(f"{where}: {data.prompt_column!r} is missing; data.prompt_column=null reads responses alone")
+        asked = None if prompt is None else prompt_text(prompt)
+        group = row[data.group_column] if data.group_column else asked
+        targets = _targets(experiment, row, where, names)
+        result.append(Graded(asked, completion_text(response), targets, str(number if group is None else group)))
+    return result
+
+
+def _targets(experiment: RewardExperiment, row: dict[str, Any], where: str, names: Sequence[str]) -> tuple[float, ...]:
+    data = experiment.data
+    if experiment.loss == "classification":
+        return tuple(float(str(row[data.labels[0]]) == name) for name in names)
+    low, high = data.label_range
+    targets = []
+    for column in data.labels:
+        label = row[column]
+        if not isinstance(label, Real) or not low <= float(label) <= high:
+            raise UserError(f"{where}: {column!r} is {label!r:.40}; expected a number in data.label_range [{low}, {high}]")
+        targets.append((float(label) - low) / (high - low))
+    return tuple(targets)

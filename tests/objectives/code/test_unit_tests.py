@@ -1,0 +1,220 @@
+"""Code with tests: what passes, what fakes and what misbehaves; everything in the sandbox and without its namespaces."""
+
+import logging
+
+import pytest
+
+from emorl.config import UserError
+from emorl.config.experiment import ObjectiveConfig
+from emorl.objectives.check import check_objective
+from emorl.objectives.code.sandbox import Limits, run
+from emorl.objectives.code.unit_tests import UnitTests, code_of, suite_of
+from emorl.objectives.loading import check_objectives, load_objective
+
+DOUBLE = "def f(x):\n    return 2 * x\n"
+WRONG = "def f(x):\n    return 3 * x\n"
+TESTS = ["assert f(2) == 4", "assert f(0) == 0", "assert f([1]) == [1, 1]"]
+NAMESPACES = not run("", suite_of(("assert True",)), Limits(10, 256)).missing
+ISOLATIONS = ["namespaces", "process"] if NAMESPACES else ["process"]
+
+
+def score(*codes, tests=TESTS, isolation=ISOLATIONS[0], timeout=3.0, **options):
+    objective = UnitTests(tests_column="tests", isolation=isolation, timeout=timeout, memory_mb=256, **options)
+    return objective(["p"] * len(codes), list(codes), tests=[tests] * len(codes))
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_code_passes_all_tests_or_not(isolation):
+    chat = f"Here you are:\n```python\n{DOUBLE}```\nTry `f(2)`."
+    assert score(DOUBLE, WRONG, chat, "no code", "", isolation=isolation) == [1.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_partial_is_the_share_of_asserts_from_a_list_or_a_text():
+    assert score(DOUBLE, WRONG, "def f(x): return 4", partial=True) == [1.0, 1 / 3, 1 / 3]
+    text = "import math\nfor x in (1, 2):\n    assert f(x) == 2 * x\ny = 3\nassert f(y) == math.sqrt(36)\nassert f(0) == 0\n"
+    assert score(DOUBLE, WRONG, tests=text, partial=True) == [1.0, 1 / 3]
+
+
+def test_tests_passed_before_a_hang_count():
+    code = "def f(x):\n    while x == 0: pass\n    return 2 * x"
+    assert score(code, partial=True, timeout=1.0) == [1 / 3]
+    assert score(code, timeout=1.0) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "print('passed'); print(b'\\x01' * 1000)",
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'\\x01' * 16)\n    except OSError: pass",
+        "def f(x):\n    import os; os._exit(0)",
+        "def f(x):\n    raise SystemExit(0)",
+        "import sys; sys.modules['__main__'].plain = lambda x: 0",
+        "import atexit; atexit.register(print, 'passed')",
+        "class E:\n    __eq__ = lambda a, b: True\ndef f(x): return E()",
+        "class E(int):\n    __eq__ = lambda a, b: True\ndef f(x): return E(7)",
+        "class E(list):\n    __eq__ = lambda a, b: True\ndef f(x): return [E()]",
+        "class E:\n    __ne__ = __lt__ = __eq__ = __contains__ = lambda a, b: True\n    __class__ = int\ndef f(x): return E()",
+        "import builtins; builtins.AssertionError = None; builtins.all = lambda x: True\ndef f(x): return 1",
+        "__plain__ = lambda x: 0\ndef f(x): return 1",
+        "import time; time.sleep(60)",
+        "x = input()",
+        "def f(x: return",
+        "\x00",
+        "\ud800",
+    ],
+)
+def test_what_does_not_solve_the_task_earns_nothing(code):
+    assert score(code, partial=True, timeout=1.0) == [0.0]
+
+
+def test_a_redefined_builtin_does_not_decide_a_test_but_may_be_the_task():
+    cheat = "def f(x): return 7\nset = abs = lambda x: 0"
+    assert score(cheat, tests="assert set(f(2)) == set([4])") == [0.0]
+    assert score(cheat, tests="assert abs(f(2) - 4) < 1e-6") == [0.0]
+    assert score("def sum(a, b): return a + b", tests="assert sum(2, 3) == 5") == [1.0]
+    assert score(
+        "import math\n" + cheat.replace("7", "math.pi"), tests="assert math.isclose(f(2), 3.1415926536, abs_tol=1e-9)"
+    ) == [1.0]
+
+
+def test_values_of_imported_types_and_subclasses_of_builtin_ones_are_compared():
+    code = (
+        "import collections, fractions, enum\nP = collections.namedtuple('P', 'x y')\nclass C(enum.IntEnum):\n    RED = 1\n"
+        "def f(x): return {'p': P(1, 2), 'c': C.RED, 'n': collections.Counter('aab'), 'h': fractions.Fraction(1, 2)}[x]"
+    )
+    tests = ["assert f('p') == (1, 2)", "assert f('c') == 1", "assert f('n') == {'a': 2, 'b': 1}", "assert f('h') == 0.5"]
+    assert score(code, tests=tests, partial=True) == [1.0]
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_one_that_misbehaves_leaves_the_others_alone(isolation):
+    codes = {
+        "while True: pass": 0.0,
+        "x = []\nwhile True: x.append('a' * 1_000_000)": 0.0,
+        f"{DOUBLE}x = []\ntry:\n    while True: x.append(bytearray(1 << 20))\nexcept MemoryError: pass\ndel x": 1.0,
+        f"import os\nos.fork()\n{DOUBLE}": 1.0,
+        f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(600)\n{DOUBLE}": 1.0,
+        "import os\nif os.fork(): os._exit(0)\nwhile True: pass": 0.0,
+        f"import os\nos.closerange(0, 64)\n{DOUBLE}": 0.0,
+        f"try:\n    with open('big', 'w') as file: file.write('a' * 100_000_000)\nexcept OSError: pass\n{DOUBLE}": 1.0,
+        f"import sys\nsys.stdin.read()\nprint('a' * 10_000_000, file=sys.stderr)\n{DOUBLE}": 1.0,
+        f"import sys\nsys.setrecursionlimit(10**9)\ndef g(): g()\ntry: g()\nexcept RecursionError: pass\n{WRONG}": 0.0,
+        DOUBLE: 1.0,
+    }
+    assert dict(zip(codes, score(*codes, isolation=isolation, workers=2), strict=True)) == codes
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="this system gives no user namespaces")
+def test_namespaces_take_the_network_the_processes_and_the_files_away(tmp_path):
+    outside = tmp_path / "outside"
+    code = (
+        "import os, socket\ndef refused(what, *arguments):\n    try: what(*arguments)\n    except OSError: return True\n"
+        "seen = [int(name) for name in os.listdir('/proc') if name.isdigit()]\n"
+        f"removed = refused(open, {str(outside)!r}, 'w')\n"
+        "network = refused(socket.create_connection, ('127.0.0.1', 9))\nopen('own', 'w').write('x')\n"
+        "def bomb():\n    for _ in range(100):\n        if os.fork() == 0:\n            while True: pass\n"
+        "if os.fork() == 0:\n    os._exit(0 if refused(bomb) else 1)\nbombed = os.wait()[1]\n"
+    )
+    tests = [
+        "assert removed",
+        "assert network",
+        "assert seen == [os.getpid()] == [1]",
+        "assert bombed == 0",
+        "assert not dict(os.environ).get('HOME')",
+    ]
+    assert score(code, tests=tests, partial=True, timeout=10.0) == [1.0]
+    assert not outside.exists()
+
+
+def test_environment_user_and_directory_are_not_inherited(monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    tests = ["assert 'SECRET' not in os.environ", "assert 'emorl' not in sys.modules", "assert os.listdir() == []"]
+    assert score("import os, sys", tests=tests, partial=True) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("a\n```python\nx = 1\n```\nb\n```py\ny = 2\n```", "x = 1\n\ny = 2\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```\n3\n```\n```Python\nx = 1\n```\n```sh\npip\n```", "x = 1\n"),
+        ("```python\nx = 1", "x = 1"),
+        ("<think>```python\nx = 0\n```</think>```python\nx = 1\n```", "x = 1\n"),
+        ("    return 1", "    return 1"),
+    ],
+)
+def test_the_code_of_a_text(text, code):
+    assert code_of(text) == code
+
+
+def test_a_function_body_after_its_prompt_and_a_check_that_takes_the_function():
+    objective = UnitTests(tests_column="test", setup_column="prompt_code", entry_column="entry_point", timeout=5)
+    columns = {
+        "test": ["def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0.5) == 1\n"] * 3,
+        "prompt_code": ["import math\n\ndef double(x):\n    '''Twice x.'''"] * 2 + [["import math", ""]],
+        "entry_point": ["double"] * 3,
+    }
+    codes = ["    return math.prod([2, x])\n", "    return x", "def double(x):\n    return math.prod([2, x])"]
+    assert objective(["p"] * 3, codes, **columns) == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("prompt", ["Code!", [{"role": "user", "content": "Code!"}]])
+def test_it_passes_the_checks_of_edge_cases(prompt):
+    objective = load_objective(
+        "right", ObjectiveConfig(function="unit_tests", options={"tests_column": "tests", "timeout": 30})
+    )
+    result = check_objective(objective, {"prompt": prompt, "tests": TESTS})
+    assert result.passed
+    assert not result.other_format.problems
+
+
+def test_what_the_system_does_not_give_is_said(caplog):
+    objective = UnitTests(tests_column="tests")
+    with caplog.at_level(logging.WARNING):
+        assert objective(["p"], [DOUBLE], tests=[TESTS]) == [1.0]
+    assert ("run it in a container" in caplog.text) == (not NAMESPACES)
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        (None, "completion 1 has None in column 'tests'; expected a text, or a list of texts"),
+        ([], "completion 1 has .*expected a text, or a list"),
+        ([4], "completion 1 has .*expected a text, or a list"),
+        ("assert f(", "completion 1, tests in column 'tests': not Python"),
+        ("x = 1", "nothing in it is asserted or called"),
+        ("def check(candidate):\n    assert candidate(1)", "needs `entry_column`"),
+    ],
+)
+def test_tests_that_are_none_are_named(tests, message):
+    with pytest.raises(UserError, match=message):
+        UnitTests(tests_column="tests")(["p"] * 2, [DOUBLE] * 2, tests=[TESTS, tests])
+
+
+def test_columns_that_are_missing_or_hold_something_else_are_named():
+    with pytest.raises(UserError, match=r"needs the data's column 'tests' \(`tests_column`\).*mean 'test'"):
+        UnitTests(tests_column="tests")(["p"], [DOUBLE], test=[TESTS])
+    with pytest.raises(UserError, match=r"needs the data's column 'setup' \(`setup_column`\)"):
+        UnitTests(tests_column="tests", setup_column="setup")(["p"], [DOUBLE], tests=[TESTS])
+    with pytest.raises(UserError, match=r"completion 0 has 4 in column 'setup'; expected code"):
+        UnitTests(tests_column="tests", setup_column="setup")(["p"], [DOUBLE], tests=[TESTS], setup=[4])
+    with pytest.raises(UserError, match=r"completion 0 has 'f\(' in column 'entry'; expected a name"):
+        UnitTests(tests_column="tests", entry_column="entry")(["p"], [DOUBLE], tests=[TESTS], entry=["f("])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "option 'tests_column' is missing"),
+        ({"tests_column": "t", "timeout": 0}, "timeout: .* 0"),
+        ({"tests_column": "t", "memory_mb": "much"}, "memory_mb: .*much"),
+        ({"tests_column": "t", "isolation": "docker"}, "isolation: .*'best'.*docker"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_runs(options, message):
+    with pytest.raises(UserError, match=message):
+        check_objectives({"right": ObjectiveConfig(function="unit_tests", options=options)})
