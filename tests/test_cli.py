@@ -224,7 +224,7 @@ def test_stages_out_of_order_say_what_to_run_first(experiment, capsys):
 
 
 def test_policies_of_another_output_are_searched_and_compared_without_training(experiment, finished, capsys, tmp_path):
-    settings = [f"policies={finished}", f"output={tmp_path / 'other'}", "search.scalarize=minimum"]
+    settings = [f"policies={finished}", f"output={tmp_path / 'other'}", "value.scalarize=minimum"]
     output_of(capsys, "run", experiment, *settings)
     assert not (tmp_path / "other" / "train").exists()
     assert (tmp_path / "other" / "report" / "report.html").exists()
@@ -235,7 +235,7 @@ def test_policies_of_another_output_are_searched_and_compared_without_training(e
 
 
 def test_a_search_that_its_budget_ended_goes_on_with_a_larger_one(experiment, finished, capsys, tmp_path):
-    settings = [f"policies={finished}", f"output={tmp_path / 'budget'}", "search.scalarize=minimum"]
+    settings = [f"policies={finished}", f"output={tmp_path / 'budget'}", "value.scalarize=minimum"]
     first = json.loads(output_of(capsys, "search", experiment, *settings, "search.trials=1", "--json"))
     assert first["trials"] == 1
     assert first["best"]["value"] == pytest.approx(min(first["best"]["scores"].values()))

@@ -366,7 +366,7 @@ class ParameterAverage(AdapterMixture):
 
 
 MIXTURES: Mapping[str, type[AdapterMixture]] = {"hidden_states": HiddenStateEnsemble, "parameters": ParameterAverage}
-"""what `search.aggregate` names"""
+"""what `ensemble.aggregate` names"""
 
 
 class _PolicyEncoder(nn.Module):

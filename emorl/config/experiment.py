@@ -158,6 +158,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class ValueConfig:
+    scalarize: Literal["mean", "weighted", "minimum", "chebyshev"] = "mean"
+    """how a vector of scores becomes one value: mean (paper), weighted (mean weighted by the preferences), minimum, or
+    chebyshev (distance to the best of every objective)"""
+    preferences: dict[str, float] = Field(default_factory=dict)
+    """objective -> importance, for weighted and chebyshev; all equal by default"""
+
+
+@dataclass(frozen=True, config=_strict)
+class EnsembleConfig:
+    aggregate: Literal["hidden_states", "parameters"] = "hidden_states"
+    """what the weights average: the policies' last hidden states while decoding (EMORL), or their parameters (soups)"""
+    adapter_scale: float = Field(default=1.0, gt=0)
+    """every adapter is multiplied by this before they are combined: a mean of K policies holds only 1/K of what each has
+    learned, a scale up to K gives that back (task arithmetic's coefficient)"""
+    include_base: bool = False
+    """the untrained base takes part as one more policy"""
+
+
+@dataclass(frozen=True, config=_strict)
 class SearchConfig:
     proposer: str = "auto"
     """simplex_refinement (what auto stands for), hierarchical_grid (paper), or an Optuna sampler: tpe, gp, nsga2, cma_es,
@@ -178,20 +198,8 @@ class SearchConfig:
     every prompt"""
     race_prompts: int = Field(default=8, ge=2)
     """prompts of a race's first round; each further round doubles them"""
-    scalarize: Literal["mean", "weighted", "minimum", "chebyshev"] = "mean"
-    """how a vector of scores becomes one value: mean (paper), weighted (mean weighted by the preferences), minimum, or
-    chebyshev (distance to the best of every objective)"""
-    preferences: dict[str, float] = Field(default_factory=dict)
-    """objective -> importance, for weighted and chebyshev; all equal by default"""
     samples: int = Field(default=1, ge=1)
     """completions per prompt (more than one only makes sense with sampling)"""
-    include_base: bool = False
-    """the untrained base takes part as one more policy"""
-    aggregate: Literal["hidden_states", "parameters"] = "hidden_states"
-    """what the weights average: the policies' last hidden states while decoding (EMORL), or their parameters (soups)"""
-    adapter_scale: float = Field(default=1.0, gt=0)
-    """every adapter is multiplied by this before they are combined: a mean of K policies holds only 1/K of what each has
-    learned, a scale up to K gives that back (task arithmetic's coefficient)"""
     batch: int = Field(default=32, ge=1)
     """candidates decoded together, which share the work where their texts agree; a kill loses at most these"""
     memory: float | None = Field(default=None, gt=0)
@@ -268,6 +276,10 @@ class Experiment:
     """straight to transformers' generate() in search, evaluation and `emorl generate`"""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """training of the policies"""
+    value: ValueConfig = Field(default_factory=ValueConfig)
+    """what a trade-off is worth: to the search, a fusion and a dynamic ensemble"""
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig)
+    """how the policies are combined"""
     search: SearchConfig = Field(default_factory=SearchConfig)
     """search for the weights"""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
@@ -289,18 +301,18 @@ class Experiment:
                 raise ValueError(
                     f"objectives: {name!r} cannot name an objective; use letters, digits and _, but no column of the results"
                 )
-        unknown = sorted(set(self.search.preferences) - set(self.objectives))
+        unknown = sorted(set(self.value.preferences) - set(self.objectives))
         if unknown:
-            raise ValueError(f"search.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
+            raise ValueError(f"value.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
         for where, preferences in (("train", self.train.preferences), *(("compare", one) for one in self.compare.preferences)):
             _check_preferences(where, preferences, list(self.objectives))
         if self.fuse.strata is not None and (
-            self.search.scalarize not in ("mean", "weighted") or self.generation.get("do_sample") or self.search.samples > 1
+            self.value.scalarize not in ("mean", "weighted") or self.generation.get("do_sample") or self.search.samples > 1
         ):
             raise ValueError(
                 "fuse.strata compares candidates prompt by prompt: decode greedily, and scalarize by mean or weighted"
             )
-        if self.search.race is not None and self.search.scalarize == "chebyshev":
+        if self.search.race is not None and self.value.scalarize == "chebyshev":
             raise ValueError("search.race: chebyshev has no value before all policies are evaluated; use another scalarize")
 
     @property

@@ -21,7 +21,7 @@ class Judge:
     """Scores answers to the rows of a data set.
 
     Raises:
-        UserError: `search.scalarize: chebyshev`, which has no value of a single answer.
+        UserError: `value.scalarize: chebyshev`, which has no value of a single answer.
     """
 
     objectives: Sequence[Objective]
@@ -30,14 +30,14 @@ class Judge:
 
     @classmethod
     def load(cls, experiment: Experiment) -> "Judge":
-        """With the objectives of an experiment, and its `search.scalarize` and preferences."""
-        if experiment.search.scalarize == "chebyshev":
-            raise UserError("search.scalarize: chebyshev is no reward of a single answer; use mean, weighted or minimum")
+        """With the objectives of an experiment, and its `value.scalarize` and preferences."""
+        if experiment.value.scalarize == "chebyshev":
+            raise UserError("value.scalarize: chebyshev is no reward of a single answer; use mean, weighted or minimum")
         objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
         return cls(
             objectives,
-            experiment.search.scalarize,
-            importance_of(list(experiment.objectives), experiment.search.preferences),
+            experiment.value.scalarize,
+            importance_of(list(experiment.objectives), experiment.value.preferences),
         )
 
     def scores(self, data: Dataset, answers: Sequence[Answer]) -> NDArray[np.float64]:

@@ -77,9 +77,9 @@ def training_identity(experiment: Experiment, models: dict[str, str]) -> dict[st
     whole = as_mapping(experiment)
     dynamic = {k: v for k, v in whole["dynamic"].items() if k not in ("agents", "spans", "models")}
     dynamic["ppo"] = {k: v for k, v in whole["dynamic"]["ppo"].items() if k != "updates"}  # more of them go on
-    search = {key: whole["search"][key] for key in ("scalarize", "preferences")}
+    value = whole["value"]
     kept = {key: whole[key] for key in ("base", "data", "objectives", "generation", "seed")}
-    return {**kept, "search": search, "dynamic": dynamic, "models": models}
+    return {**kept, "value": value, "dynamic": dynamic, "models": models}
 
 
 def check_training(experiment: Experiment, models: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from emorl.config.experiment import (
     ObjectiveConfig,
     SearchConfig,
     TrainConfig,
+    ValueConfig,
 )
 from emorl.quickstart.build import build
 from emorl.runs.progress import Progress
@@ -51,5 +52,6 @@ def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experi
             },
             convergence=ConvergenceConfig(threshold=0.0),
         ),
-        search=SearchConfig(levels=4, batch=16, scalarize="minimum"),
+        search=SearchConfig(levels=4, batch=16),
+        value=ValueConfig(scalarize="minimum"),
     )

@@ -2,8 +2,8 @@
 (`emorl evaluate experiment.yaml`).
 
 Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
-its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `search.aggregate: parameters`
-what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a controller, that is compared too.
+its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `ensemble.aggregate:
+parameters` what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a controller, that is compared too.
 """
 
 import re
@@ -35,7 +35,7 @@ from emorl.reporting.results import BASE
 from emorl.runs.layout import policy_directories, training_settings
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.run import Run, only_process, open_run, write_json, written_whole
-from emorl.search.weight_search import check_mode, read_result, search_settings
+from emorl.search.weight_search import check_mode, read_result
 
 DYNAMIC = "dynamic"
 
@@ -91,7 +91,6 @@ def _identity(experiment: Experiment, systems: Sequence[System]) -> dict[str, An
     return {
         **whole,
         **training_settings(experiment),
-        "search": search_settings(experiment),
         "evaluate": how,
         "systems": [asdict(system) for system in systems],
     }
@@ -135,12 +134,12 @@ def _score_missing(experiment: Experiment, systems: Sequence[System], run: Run, 
     language_model = load_language_model(perplexity_model) if perplexity_model else None
     objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
     base = load_base(experiment.base)
-    adapters = read_policies(policy_directories(experiment), base, experiment.search.adapter_scale)
+    adapters = read_policies(policy_directories(experiment), base, experiment.ensemble.adapter_scale)
     include_base = any(BASE_POLICY in system.weights for system in systems)
     try:
         models: dict[str, PreTrainedModel] = {
             "base": base.model,
-            "ensemble": MIXTURES[experiment.search.aggregate](base.model, adapters, include_base=include_base),
+            "ensemble": MIXTURES[experiment.ensemble.aggregate](base.model, adapters, include_base=include_base),
             "parameter_average": ParameterAverage(base.model, adapters, include_base=include_base),
         }
     except ValueError as error:

@@ -101,9 +101,9 @@ def _point(experiment: Experiment, preferences: Mapping[str, float]) -> _Speaker
     found = read_result(experiment)
     point = choose(found["front"], preferences) if preferences else found["best"]
     base = load_base(experiment.base)
-    adapters = read_policies(policy_directories(experiment), base, experiment.search.adapter_scale)
-    ensemble = MIXTURES[experiment.search.aggregate](
-        base.model, adapters, list(point["weights"].values()), include_base=experiment.search.include_base
+    adapters = read_policies(policy_directories(experiment), base, experiment.ensemble.adapter_scale)
+    ensemble = MIXTURES[experiment.ensemble.aggregate](
+        base.model, adapters, list(point["weights"].values()), include_base=experiment.ensemble.include_base
     )
     return _Speaker(ensemble, base, point, **_settings(experiment))
 

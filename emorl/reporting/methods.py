@@ -57,9 +57,9 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
         return (own,)
     if method in COMBINED:
         aggregate = "parameters" if method.endswith("soups") else "hidden_states"
-        scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.search.adapter_scale
-        search = replace(experiment.search, aggregate=aggregate, adapter_scale=scale)
-        return (replace(own, policies=home / "ensemble", search=search),)
+        scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.ensemble.adapter_scale
+        ensemble = replace(experiment.ensemble, aggregate=aggregate, adapter_scale=scale)
+        return (replace(own, policies=home / "ensemble", ensemble=ensemble),)
     single = replace(train, tuning=experiment.compare.tuning)
     if method == "weighted":
         preferences = experiment.compare.preferences

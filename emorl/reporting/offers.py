@@ -103,9 +103,9 @@ def load_policy(experiment: Experiment, bare: bool = False) -> tuple[Any, Any]:
         return base.model, base.tokenizer
     directories = policy_directories(experiment)
     if experiment.train.mode == "ensemble":
-        mixture = MIXTURES[experiment.search.aggregate]
-        adapters = read_policies(directories, base, experiment.search.adapter_scale)
-        return mixture(base.model, adapters, include_base=experiment.search.include_base), base.tokenizer
+        mixture = MIXTURES[experiment.ensemble.aggregate]
+        adapters = read_policies(directories, base, experiment.ensemble.adapter_scale)
+        return mixture(base.model, adapters, include_base=experiment.ensemble.include_base), base.tokenizer
     [directory] = directories.values()
     if experiment.train.tuning == "full":
         return load_base(BaseConfig(str(directory), experiment.base.dtype)).model, base.tokenizer

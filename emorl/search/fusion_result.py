@@ -47,5 +47,6 @@ def fusion_identity(experiment: Experiment) -> dict[str, Any]:
     fuse = {key: value for key, value in whole["fuse"].items() if key != "trials"}
     what = {**training_settings(experiment), "objectives": whole["objectives"], "fuse": fuse}
     if experiment.fuse.proposer is not None:
-        what["search"] = {key: whole["search"][key] for key in ("scalarize", "preferences", "samples", "generation")}
-    return {**what, **({} if experiment.policies is None else {"policies": whole["policies"]})}
+        what["search"] = {key: whole["search"][key] for key in ("samples", "generation")}
+        what["value"] = whole["value"]
+    return {**what, "ensemble": whole["ensemble"], **({} if experiment.policies is None else {"policies": whole["policies"]})}

@@ -73,7 +73,7 @@ def fuse_policies(experiment: Experiment, progress: Progress | None = None) -> P
     _check_proposer(experiment, len(directories))
     given = _given(experiment, list(directories))
     run = open_run(experiment.output / "fuse", FUSE, fusion_identity(experiment))
-    adapters = [read_adapter(path, experiment.search.adapter_scale) for path in directories.values()]
+    adapters = [read_adapter(path, experiment.ensemble.adapter_scale) for path in directories.values()]
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
     if experiment.fuse.proposer is None:
         result: dict[str, Any] = {"method": given.method, "weights": dict(zip(directories, given.weights, strict=True))}
@@ -218,7 +218,7 @@ def _proposer(
     if config.proposer == Q_LEARNING:
         q = config.q_learning
         settings = QSettings(q.alpha, q.gamma, (q.epsilon_start, q.epsilon_end), q.exploration, q.learning_rate)
-        importance = importance_of(list(experiment.objectives), experiment.search.preferences)
+        importance = importance_of(list(experiment.objectives), experiment.value.preferences)
         gain = None if moving_set is None else moving_set.gain(importance)
         return QLearning(space, value, config.trials, experiment.seed, settings, gain)
     return OptunaProposer(config.proposer, space, len(experiment.objectives), value, experiment.seed)
@@ -253,7 +253,7 @@ class FusionEvaluator:
         check_objectives(experiment.objectives)
         splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
         base = load_base(experiment.base)
-        policies = read_policies(adapters, base, experiment.search.adapter_scale)
+        policies = read_policies(adapters, base, experiment.ensemble.adapter_scale)
         loaded = loaded_adapters(base.model, list(policies.values()), experiment.seed)
         return cls(loaded, base, experiment, space, splits, memo)
 

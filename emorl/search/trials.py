@@ -15,15 +15,15 @@ from emorl.search.study import Finished, Params, Valuation
 def valuation(experiment: Experiment, alone: Sequence[Params]) -> Valuation:
     """The configured scalarisation of finished trials. `alone` are the candidates that are one policy each: until they are
     evaluated, Chebyshev is the mean."""
-    importance = importance_of(list(experiment.objectives), experiment.search.preferences)
+    importance = importance_of(list(experiment.objectives), experiment.value.preferences)
 
     def value(finished: Sequence[Finished]) -> Sequence[float]:
         if not finished:
             return []
         scores = np.array([trial.scores for trial in finished])
         references = np.array([trial.scores for trial in finished if trial.params in alone])
-        known = experiment.search.scalarize != "chebyshev" or len(references) == len(alone)
-        return scalarize(scores, experiment.search.scalarize if known else "mean", importance, references).tolist()
+        known = experiment.value.scalarize != "chebyshev" or len(references) == len(alone)
+        return scalarize(scores, experiment.value.scalarize if known else "mean", importance, references).tolist()
 
     return value
 

@@ -72,9 +72,11 @@ class WeightEvaluator:
         splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
         objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
         base = load_base(experiment.base)
-        policies = read_policies(adapters, base, experiment.search.adapter_scale)
+        policies = read_policies(adapters, base, experiment.ensemble.adapter_scale)
         try:
-            ensemble = MIXTURES[experiment.search.aggregate](base.model, policies, include_base=experiment.search.include_base)
+            ensemble = MIXTURES[experiment.ensemble.aggregate](
+                base.model, policies, include_base=experiment.ensemble.include_base
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
         generation = {**experiment.generation, **experiment.search.generation}

@@ -37,7 +37,6 @@ STUDY_NAME = "weights"
 GRIDS = {"hierarchical_grid": HierarchicalGrid, "simplex_refinement": SimplexRefinement}
 AUTO = "auto"
 _DEFAULT_TRIALS = 100
-_LATER_SETTINGS = ("aggregate", "adapter_scale")
 _NOT_OF_THE_RESULT = ("batch", "memory", *(field.name for field in fields(Budget)))  # a budget may be raised
 
 
@@ -64,7 +63,7 @@ def search(experiment: Experiment, progress: Progress | None = None) -> Path:
         progress.say(f"search: finished before, in {run.path}")
         return run.path
     objectives = list(experiment.objectives)
-    space = WeightSpace((*adapters, *([BASE_POLICY] if experiment.search.include_base else [])))
+    space = WeightSpace((*adapters, *([BASE_POLICY] if experiment.ensemble.include_base else [])))
     value = valuation(experiment, space.corners()[: len(space.policies)])
     proposer, expected = _proposer(experiment, space, value)
     progress.say(f"search: {chosen_proposer(experiment.search)} over the weights of {', '.join(space.policies)}")
@@ -126,15 +125,9 @@ def chosen_proposer(config: SearchConfig) -> str:
 def _identity(experiment: Experiment) -> dict[str, Any]:
     whole = as_mapping(experiment)
     what = {**training_settings(experiment), "objectives": whole["objectives"]}
-    how = {key: value for key, value in search_settings(experiment).items() if key not in _NOT_OF_THE_RESULT}
+    how = {key: value for key, value in whole["search"].items() if key not in _NOT_OF_THE_RESULT}
+    what |= {"value": whole["value"], "ensemble": whole["ensemble"]}
     return {**what, "search": how, **({} if experiment.policies is None else {"policies": whole["policies"]})}
-
-
-def search_settings(experiment: Experiment) -> dict[str, Any]:
-    """The search block without later settings at their defaults: runs from before them are the same."""
-    defaults = as_mapping(SearchConfig())
-    block = as_mapping(experiment)["search"]
-    return {key: value for key, value in block.items() if key not in _LATER_SETTINGS or value != defaults[key]}
 
 
 def _budget(config: SearchConfig) -> Budget:
@@ -150,11 +143,11 @@ def _study_name(experiment: Experiment) -> str:
 
 def _score_value(experiment: Experiment) -> ScoreValue:
     """The configured scalarisation of mean scores (..., O), for races."""
-    importance = importance_of(list(experiment.objectives), experiment.search.preferences)
+    importance = importance_of(list(experiment.objectives), experiment.value.preferences)
 
     def value(scores: np.ndarray) -> np.ndarray:
         flat = scores.reshape(-1, scores.shape[-1])
-        return scalarize(flat, experiment.search.scalarize, importance, flat).reshape(scores.shape[:-1])
+        return scalarize(flat, experiment.value.scalarize, importance, flat).reshape(scores.shape[:-1])
 
     return value
 
@@ -201,8 +194,8 @@ def _write_results(
     rows = table[table["prompts"] == table["prompts"].max()].to_dict("records")  # lost races are estimates of less
     result = {
         "proposer": chosen_proposer(experiment.search),
-        "scalarize": experiment.search.scalarize,
-        "preferences": dict(experiment.search.preferences),
+        "scalarize": experiment.value.scalarize,
+        "preferences": dict(experiment.value.preferences),
         "prompts": "validation",
         "trials": len(table),
         "ended_by_budget": None if ended_by is None else asdict(ended_by),

@@ -20,7 +20,8 @@ pytest.importorskip("torchrl", reason="needs the extra rl")
 from emorl import cli
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, load_experiment
-from emorl.dynamic import comparison, ppo
+from emorl.dynamic import comparison
+from emorl.dynamic.agents import ppo
 from emorl.dynamic.agents.observation import FixedWeights
 from emorl.dynamic.comparison import read_dynamic, run_dynamic
 from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble, decoding_of, model_references
@@ -177,7 +178,7 @@ def test_wrong_settings_are_refused_in_one_line(folder: Path, tiny_base_dir: Pat
     with pytest.raises(UserError, match=r"expected at least 1 token or 'turn'"):
         load_experiment(folder / "experiment.yaml", ["dynamic.span=0"])
     with pytest.raises(UserError, match="chebyshev is no reward"):
-        run_dynamic(load_experiment(folder / "experiment.yaml", [f"output={folder}/x", "search.scalarize=chebyshev"]))
+        run_dynamic(load_experiment(folder / "experiment.yaml", [f"output={folder}/x", "value.scalarize=chebyshev"]))
 
 
 def test_a_controller_of_fixed_weights_cannot_be_saved(finished: Experiment, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_dialogues_are_answered_turn_by_turn_with_weights_for_each_turn(folder: 
         (["generation.num_beams=4"], "generation.num_beams"),
         (["generation={max_new_tokens: 4, temperature: null}"], "generation.temperature: expected a number"),
         (["dynamic.agent.encoder=no/such"], "dynamic.agent.encoder 'no/such'"),
-        (["search.scalarize=chebyshev"], "chebyshev is no reward"),
+        (["value.scalarize=chebyshev"], "chebyshev is no reward"),
         (["dynamic.models={a: no/such, b: no/other}"], "dynamic.models.a 'no/such'"),
     ],
 )

@@ -106,11 +106,11 @@ def test_what_the_tables_say_follows_from_the_completions(finished, result):
 def test_soups_use_the_ensembles_policies_and_their_own_search(finished):
     assert not (finished / "seed-3" / "soups" / "train").exists()
     found = {
-        method: json.loads((finished / "seed-3" / method / "search" / "run.json").read_text())["config"]["search"]
+        method: json.loads((finished / "seed-3" / method / "search" / "run.json").read_text())["config"]["ensemble"]
         for method in ("soups", "ensemble")
     }
     assert found["soups"]["aggregate"] == "parameters"
-    assert "aggregate" not in found["ensemble"]
+    assert found["ensemble"]["aggregate"] == "hidden_states"
 
 
 def test_weights_of_dynaopt_move_and_those_of_the_others_do_not(finished):
