@@ -3,7 +3,8 @@
 
 Compared are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of
 its front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `ensemble.aggregate:
-parameters` what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a controller, that is compared too.
+parameters` what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a controller, that is
+compared too.
 """
 
 import re
