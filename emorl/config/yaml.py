@@ -171,21 +171,25 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation, *(kind for inner in getattr(annotation, "__args__", ()) for kind in _kinds(inner))]
 
 
-def as_mapping(config: Any) -> dict[str, Any]:
-    """A dataclass as plain YAML-able values (paths as text)."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+def as_mapping(config: Any, name_object: Callable[[Any], str] = object.__repr__) -> dict[str, Any]:
+    """A dataclass as plain YAML-able values (paths as text); `name_object` gives the text of an object that stands in place of
+    a path."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json", fallback=name_object)
 
 
-def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Any, name_object: Callable[[Any], str] = object.__repr__) -> str:
+    return yaml.safe_dump(as_mapping(config, name_object), sort_keys=False, allow_unicode=True)
 
 
-def describe(config_class: type, prefix: str = "") -> str:
-    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole."""
+def describe(config_class: type, prefix: str = "", only: Collection[str] = ()) -> str:
+    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole, or `only` for
+    some of them."""
     lines = []
     documents = TypeAdapter(config_class).json_schema()
     properties = documents.get("properties", {})
     for field in dataclasses.fields(config_class):
+        if only and field.name not in only:
+            continue
         name, meaning = f"{prefix}{field.name}", properties.get(field.name, {}).get("description", "")
         block = next((kind for kind in _kinds(field.type) if _is_block(kind)), None)
         if block is not None and not prefix:

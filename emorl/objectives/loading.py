@@ -35,6 +35,10 @@ class Objective:
         self.scored = self.outside = 0  # scores so far, and how many of them lay outside the range
         self._function = function
 
+    def counted_anew(self) -> "Objective":
+        """The same objective, whose counts begin at 0."""
+        return Objective(self.name, self._function, self.scale)
+
     @property
     def batch_tolerance(self) -> float:
         """How far a score may move with the batch it is computed in, as the function declares."""

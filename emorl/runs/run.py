@@ -46,6 +46,8 @@ class Run:
     config: Mapping[str, Any]
     finished: bool
     cost: Cost
+    is_main: bool = True
+    """whether this process writes; of several, the first one does"""
 
     @property
     def cost_path(self) -> Path:
@@ -57,7 +59,8 @@ class Run:
 
     def with_cost(self, cost: Cost) -> "Run":
         """The run with `cost` as all it has cost, on disk too."""
-        write_json(self.cost_path, asdict(cost))
+        if self.is_main:
+            write_json(self.cost_path, asdict(cost))
         return replace(self, cost=cost)
 
     def finish(self) -> "Run":
@@ -66,9 +69,9 @@ class Run:
         return replace(self, finished=True)
 
 
-def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
+def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = True) -> Run:
     """The run in `path`: new, unfinished (continue it) or finished (skip it). A setting that is null and one that is not
-    there are the same, so that runs of a version without that setting are known.
+    there are the same. Only the main one of several processes writes.
 
     Raises:
         UserError: `path` holds a run with another config, or a damaged one.
@@ -76,9 +79,10 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
     manifest_path = path / "run.json"
     config = json.loads(json.dumps(config))
     if not manifest_path.exists() or not _holds_work(path):
-        path.mkdir(parents=True, exist_ok=True)
-        _write_manifest(path, stage, config, finished=False)
-        return Run(path, stage, config, finished=False, cost=Cost())
+        if is_main:
+            path.mkdir(parents=True, exist_ok=True)
+            _write_manifest(path, stage, config, finished=False)
+        return Run(path, stage, config, finished=False, cost=Cost(), is_main=is_main)
     manifest = read_json(manifest_path)
     changed = ", ".join(_differences(manifest.get("config", {}), config))
     if manifest.get("stage") != stage or changed:
@@ -88,7 +92,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
         )
     cost_path = path / "cost.json"
     cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()
-    return Run(path, stage, config, bool(manifest.get("finished")), cost)
+    return Run(path, stage, config, bool(manifest.get("finished")), cost, is_main)
 
 
 def _holds_work(path: Path) -> bool:

@@ -1,0 +1,120 @@
+"""The seam of all stages: what one is, and `perform`, which does what every one of them would repeat.
+
+>>> perform("search", load_experiment(Path("experiment.yaml")))
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from emorl.config import UserError, nearest
+from emorl.config.experiment import Experiment
+from emorl.config.yaml import as_mapping, to_yaml
+from emorl.runs.layout import RESULT, Layout
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.results import read_result, write_result
+from emorl.runs.run import Run, only_process, open_run, write_text
+from emorl.stages.materials import Materials, identity_of
+
+Result = TypeVar("Result")
+
+PERFORMED = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
+"""stages of an experiment, in the order in which they use each other"""
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Result]):
+    """One step of an experiment.
+
+    Args:
+        name: also the stage's run directory in the experiment's output.
+        result: a frozen dataclass, written as `result.json`.
+        check: refuses, with a `UserError`, what would fail later; cheap mistakes first.
+        depends_on: dotted keys of the experiment whose change makes it another run; one with a `-` before it is left out again.
+        work: does what is missing and returns the result; what it writes beside that goes into `run.path`.
+        is_enough: whether a finished result is all that the experiment asks for now; one whose budget was raised goes on.
+        is_shared: several workers may work on it at once.
+    """
+
+    name: str
+    result: type[Result]
+    check: Callable[[Experiment], None]
+    depends_on: Sequence[str]
+    work: Callable[[Materials, Run, Progress], Result]
+    is_enough: Callable[[Experiment, Result], bool] = lambda experiment, result: True
+    is_shared: bool = False
+
+
+def perform(
+    stage: Stage[Result] | str,
+    experiment: Experiment,
+    progress: Progress | None = None,
+    materials: Materials | None = None,
+) -> Any:
+    """Runs a stage of an experiment and returns its result: one that is finished is only read, one that was interrupted goes on.
+
+    Args:
+        stage: or its name: train, search, evaluate, compare, fuse, dynamic. `train` returns one result for each policy.
+        materials: what stages before it have loaded.
+
+    Raises:
+        UserError: what the stage refuses, or a run directory that holds another run.
+    """
+    progress, materials = progress or Silent(), materials or Materials(experiment)
+    if isinstance(stage, str):
+        return _module(stage).performed(experiment, progress, materials)
+    stage.check(experiment)
+    folder = Layout(experiment.output).stage(stage.name)
+    is_main = is_main_process()
+    with only_process(folder) if is_main and not stage.is_shared else nullcontext():
+        run = open_run(folder, stage.name, identity(experiment, stage.depends_on), is_main)
+        if run.finished and (folder / RESULT).exists():
+            result = read_result(stage.result, folder)
+            if stage.is_enough(experiment, result):
+                progress.say(f"{stage.name}: finished before, in {folder}")
+                return result
+        if is_main:
+            keep_experiment(experiment)
+            for line in materials.not_resumed():
+                progress.warn(line)
+        result = stage.work(materials, run, progress)
+        if is_main:
+            write_result(folder, result)
+            run.finish()
+    return result
+
+
+def is_main_process() -> bool:
+    """Whether this process writes; of those that `torchrun` or `accelerate launch` started, the first one does."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _module(name: str) -> Any:
+    if name not in PERFORMED:
+        raise UserError(f"no stage is called {name!r}; {nearest(name, PERFORMED)}")
+    return importlib.import_module(f"emorl.stages.{name}")
+
+
+def keep_experiment(experiment: Experiment) -> None:
+    """Writes the resolved experiment beside its results, once a stage has accepted it: a refused one changes nothing."""
+    write_text(Layout(experiment.output).experiment, to_yaml(experiment, identity_of))
+
+
+def identity(experiment: Experiment, depends_on: Sequence[str]) -> dict[str, Any]:
+    """The part of an experiment that makes a run this run and no other, by dotted keys as in `Stage.depends_on`."""
+    whole = as_mapping(experiment, identity_of)
+    picked: dict[str, Any] = {}
+    for key in depends_on:
+        *blocks, last = key.removeprefix("-").split(".")
+        source, target = whole, picked
+        for block in blocks:
+            source, target = source[block], target.setdefault(block, {})
+        if key.startswith("-"):
+            target.pop(last, None)
+        else:
+            target[last] = deepcopy(source[last])
+    return picked
