@@ -23,13 +23,13 @@ from emorl.aggregation.ensemble import BASE_POLICY, MIXTURES, ParameterAverage
 from emorl.config import UserError
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import as_mapping
-from emorl.data import prompt_text
 from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble
 from emorl.evaluation.pareto import front, hypervolume, reference_point
 from emorl.evaluation.perplexity import check_language_model, load_language_model, with_perplexity
 from emorl.evaluation.scoring import Evaluation, check_generation, cost_of, evaluate, score, summarize
 from emorl.objectives.loading import Objective, load_objective, outside_range
 from emorl.policies.base import load_base, read_policies
+from emorl.policies.conversation import prompt_text
 from emorl.reporting.attacks import attack, attacks_missing, load_splits
 from emorl.reporting.results import BASE
 from emorl.runs.layout import policy_directories, training_settings
