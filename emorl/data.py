@@ -125,15 +125,3 @@ def _render_column(rows: Dataset, config: DataConfig, conversational: bool) -> D
         raise UserError("data.system_prompt needs a base with a chat template; this one has none")
     columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", config.prompt_column)}
     return Dataset.from_dict({"prompt": [convert(row)["prompt"] for row in rows], **columns})  # type: ignore[arg-type]
-
-
-def prompt_text(prompt: Any) -> str:
-    """What the user said: a text prompt itself, or the user turns of a conversation, one a line."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(turn["content"] for turn in prompt if turn["role"] == "user")
-
-
-def completion_text(completion: Any) -> str:
-    """A completion in TRL's format (text, or a list of one assistant turn) as text."""
-    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)

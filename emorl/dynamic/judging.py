@@ -13,7 +13,7 @@ from emorl.config.experiment import Experiment
 from emorl.dynamic.rollout import Answer
 from emorl.objectives.loading import Objective, load_objective
 from emorl.objectives.scalarize import importance_of, scalarize
-from emorl.policies.prompts import as_completion
+from emorl.policies.conversation import as_completion
 
 
 @dataclass(frozen=True)

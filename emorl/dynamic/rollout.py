@@ -11,7 +11,7 @@ from torch import Tensor
 from emorl.dynamic.agents.agent import Agent
 from emorl.dynamic.agents.observation import Controller, Situation
 from emorl.dynamic.engines.engine import Decoding, Engine
-from emorl.policies.prompts import as_completion
+from emorl.policies.conversation import as_completion
 
 Turns = Literal["last", "all"]
 

@@ -12,7 +12,6 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from emorl.config import UserError, nearest
-from emorl.data import prompt_text
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.perplexity import mean_perplexities
 from emorl.evaluation.text_metrics import (
@@ -25,7 +24,8 @@ from emorl.evaluation.text_metrics import (
     words_deviation,
 )
 from emorl.objectives.loading import Objective
-from emorl.policies.prompts import as_completion, decode, encode
+from emorl.policies.conversation import as_completion, prompt_text
+from emorl.policies.prompts import decode, encode
 from emorl.runs.run import Cost
 
 Progress = Callable[[int], None]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from emorl.config import UserError
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.loading import Objective
 from emorl.objectives.scale import interval
+from emorl.policies.conversation import as_completion, completion_text, prompt_text
 
 NORMAL = "normal"
 TOGETHER = "all in one batch"
@@ -101,29 +101,24 @@ def check_objective(objective: Objective, row: Mapping[str, Any]) -> CheckResult
 def _cases(prompt: Any) -> list[_Case]:
     """All cases in the prompt's format, the normal one first."""
     user = prompt_text(prompt)
-    cases = [_Case(name, prompt, _as_completion(prompt, text)) for name, text in _COMPLETIONS.items()]
-    cases.append(_Case("the prompt itself", prompt, _as_completion(prompt, user)))
+    cases = [_Case(name, prompt, as_completion(prompt, text)) for name, text in _COMPLETIONS.items()]
+    cases.append(_Case("the prompt itself", prompt, as_completion(prompt, user)))
     if isinstance(prompt, str):
         return [*cases, _Case("a prompt of 5,000 words", _LONG, _ANSWER)]
     answer, question = {"role": "assistant", "content": "Go on."}, {"role": "user", "content": user}
     long = [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": _LONG}]
     return [
         *cases,
-        _Case("a prompt of 5,000 words", long, _as_completion(prompt, _ANSWER)),
-        _Case("a prompt of three turns", [*prompt, answer, question], _as_completion(prompt, _ANSWER)),
+        _Case("a prompt of 5,000 words", long, as_completion(prompt, _ANSWER)),
+        _Case("a prompt of three turns", [*prompt, answer, question], as_completion(prompt, _ANSWER)),
     ]
-
-
-def _as_completion(prompt: Any, text: str) -> Any:
-    """`text` as TRL hands it over beside such a prompt."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _other_format(case: _Case) -> _Case:
     """A case as plain text where it is a conversation, and the other way round."""
     if isinstance(case.prompt, str):
         turns = [{"role": "user", "content": case.prompt}]
-        return _Case("as a conversation", turns, _as_completion(turns, case.completion))
+        return _Case("as a conversation", turns, as_completion(turns, case.completion))
     return _Case("as plain text", prompt_text(case.prompt), completion_text(case.completion))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment
-from emorl.data import load_prompts, prompt_text
+from emorl.data import load_prompts
 from emorl.dynamic.agents.agent import Agent, Kind
 from emorl.dynamic.agents.observation import Controller, FixedWeights
 from emorl.dynamic.ensemble import (
@@ -39,6 +39,7 @@ from emorl.dynamic.rollout import Rollout
 from emorl.dynamic.router import features_of, fit_router
 from emorl.dynamic.training import Setting, agent_directory, check_training, train_agent, training_identity
 from emorl.objectives.loading import check_objectives
+from emorl.policies.conversation import prompt_text
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.run import Run, only_process, open_run, read_json, write_json, written_whole
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from emorl.config.dynamic import AgentConfig
-from emorl.data import prompt_text
 from emorl.dynamic.agents.observation import MODEL_FEATURES, SHARED_FEATURES, Situation
 from emorl.dynamic.agents.text_encoder import TextEncoder
+from emorl.policies.conversation import prompt_text
 
 Kind = Literal["ppo", "mappo"]
 

@@ -19,9 +19,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
-from emorl.data import completion_text
 from emorl.objectives.code.sandbox import Limits, Suite, run
 from emorl.objectives.rules.columns import column, texts
+from emorl.policies.conversation import completion_text
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emorl.data import completion_text
+from emorl.policies.conversation import completion_text
 
 _LETTERS = string.ascii_uppercase
 _DATA_ONLY = (

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from emorl.config import nearest
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.models.batching import score_in_batches
 from emorl.objectives.models.frozen_model import Dtype, batch_tolerance, load_frozen, longest_input
 from emorl.objectives.models.joint_encoding import encode_jointly
+from emorl.policies.conversation import completion_text, prompt_text
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.models.batching import score_in_batches
 from emorl.objectives.models.frozen_model import batch_tolerance, load_frozen, longest_input
 from emorl.objectives.rules.text import quoted_share, repeated_share
+from emorl.policies.conversation import completion_text, prompt_text
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.models.frozen_model import load_frozen
+from emorl.policies.conversation import completion_text, prompt_text
 
 _REMEMBERED = 50_000
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from emorl.data import completion_text
 from emorl.objectives.rules.columns import column, texts
+from emorl.policies.conversation import completion_text
 
 _IN_NUMBER = re.compile(r"(?<=\d)[.:/](?=\d)|(?<!\w)-(?=[$€£]?\.?\d)|(?<![\w.])\.(?=\d)")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")

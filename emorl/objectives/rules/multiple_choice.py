@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from emorl.config import UserError
-from emorl.data import completion_text
 from emorl.objectives.rules.columns import column
+from emorl.policies.conversation import completion_text
 
 _LETTERS = "ABCDEFGHIJ"
 

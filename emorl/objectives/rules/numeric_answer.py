@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
-from emorl.data import completion_text
 from emorl.objectives.rules.columns import column
+from emorl.policies.conversation import completion_text
 
 MARKERS = ("####", "answer is", "answer:", "\\boxed")
 

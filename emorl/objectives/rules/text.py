@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from emorl.data import completion_text
+from emorl.policies.conversation import completion_text
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
