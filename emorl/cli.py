@@ -85,9 +85,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"emorl {version('emorl')}")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        one = parsers.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        one = parsers.add_parser(name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if command in (name, "all"):
             module = importlib.import_module(f"emorl.stages.{name.replace('-', '_')}")
             one.set_defaults(run=module.command, whole_parser=lambda: make_parser("all"))

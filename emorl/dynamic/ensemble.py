@@ -25,7 +25,7 @@ from emorl.dynamic.engines.union import UnionEngine
 from emorl.dynamic.rollout import Answer, Rollout, Turns, write
 from emorl.policies.base import is_encoder_decoder, load_base, load_tokenizer, read_policies
 from emorl.policies.prompts import is_chat
-from emorl.runs.layout import policy_directories
+from emorl.runs.layout import Layout
 from emorl.runs.run import read_json, written_whole_directory
 
 AGENT_FILE, DYNAMIC_FILE = "agent.safetensors", "dynamic.json"
@@ -69,7 +69,10 @@ def model_references(experiment: Experiment) -> dict[str, str]:
     """
     models = experiment.dynamic.models
     if not models:
-        return {name: str(path) for name, path in policy_directories(experiment).items()}
+        return {
+            name: str(path)
+            for name, path in Layout(experiment.output, experiment.policies).trained(experiment.policy_names).items()
+        }
     adapters = [name for name, place in models.items() if _is_adapter(place)]
     if adapters and len(adapters) < len(models):
         other = next(name for name in models if name not in adapters)
@@ -258,11 +261,12 @@ class DynamicEnsemble:
         return cls(engine, agent, Decoding(**said["decoding"]), span=said["span"], turns=said["turns"], references=references)
 
 
-def best_ensemble(output: Path) -> Path | None:
-    """Directory of the trained controller that was best on the validation prompts; None before there is one."""
+def best_ensemble(folder: Path) -> Path | None:
+    """Directory of the trained ensemble that was best on the validation prompts, in the folder of `emorl dynamic`; None before
+    there is one."""
     found = {
         directory.parent / ENSEMBLE: read_json(directory)["validation"]
-        for directory in sorted((output / "dynamic").glob("*/result.json"))
+        for directory in sorted(folder.glob("*/result.json"))
         if (directory.parent / ENSEMBLE).is_dir()
     }
     return max(found, key=lambda directory: found[directory]) if found else None

@@ -113,6 +113,4 @@ def hypervolumes(summary: pd.DataFrame, objectives: Sequence[str]) -> tuple[dict
 
 def read_tables(folder: Path, systems: Sequence[System], samples: int) -> dict[str, pd.DataFrame]:
     """Name -> table of each system's scored completions."""
-    return {
-        system.name: pd.read_parquet(folder / table_file(system.name, system.weights, samples)) for system in systems
-    }
+    return {system.name: pd.read_parquet(folder / table_file(system.name, system.weights, samples)) for system in systems}

@@ -55,9 +55,7 @@ def search_on(
             bar.advance(len(finished) - seen, _best_so_far(finished, value))
             seen = len(finished)
 
-        return search(
-            study, proposer, evaluator, space.distributions, batch=batch, budget=budget, on_finished=on_finished
-        )
+        return search(study, proposer, evaluator, space.distributions, batch=batch, budget=budget, on_finished=on_finished)
 
 
 def _best_so_far(finished: Sequence[Finished], value: Valuation) -> str:

@@ -31,6 +31,7 @@ from emorl.search.study import Finished, Params, Scored
 
 _ROWS = 256  # sequences decoded together by generate()
 
+
 class WeightEvaluator:
     """Some candidates -> their scores; notes hold the standard errors, the cost, and how many prompts were seen."""
 

@@ -30,9 +30,7 @@ def train_policy(
     algorithm = type(config).__name__.removesuffix("Config")
     progress.say(f"policy {plan.name}: training with {algorithm}, at most {config.max_steps} steps")
     if config.beta == 0:
-        progress.warn(
-            f"train.{algorithm.lower()}.beta is 0: nothing holds policy {plan.name} near the base (default {BETA})"
-        )
+        progress.warn(f"train.{algorithm.lower()}.beta is 0: nothing holds policy {plan.name} near the base (default {BETA})")
     checkpoint = last_complete_checkpoint(checkpoints)
     config.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     with progress.bar(f"train {plan.name}", config.max_steps) as bar:
@@ -68,9 +66,7 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
         reward_weights=dict(zip(plan.objectives, plan.reward_weights, strict=True)),
         steps=trainer.state.global_step,
         best_step=best_step,
-        stopped=next(
-            (c.reason for c in trainer.callback_handler.callbacks if getattr(c, "reason", "")), "max_steps reached"
-        ),
+        stopped=next((c.reason for c in trainer.callback_handler.callbacks if getattr(c, "reason", "")), "max_steps reached"),
         prompts_per_step=prompts_per_step(config),
         base_reward=first["eval_reward"],
         reward=best["eval_reward"],
