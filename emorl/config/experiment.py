@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
+from emorl.config.callables import TextOrCallable
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
 from emorl.config.yaml import apply_overrides, parse, read_yaml
@@ -81,8 +82,9 @@ class TransformConfig:
 
 @dataclass(frozen=True, config=_strict)
 class ObjectiveConfig:
-    function: str
-    """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute"""
+    function: TextOrCallable
+    """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute; in
+    Python also a reward function or class itself"""
     options: dict[str, Any] = Field(default_factory=dict)
     """options of that function; may be written beside `function` directly (one called `transform` only here)"""
     transform: TransformConfig | None = None
@@ -92,10 +94,10 @@ class ObjectiveConfig:
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        """`reflection: package.module:f` and options written beside `function`."""
-        content = dict(getattr(value, "kwargs", None) or {}) if not isinstance(value, (str, dict)) else value
-        if isinstance(content, str):
-            return {"function": content}
+        """`reflection: package.module:f` (or a callable) and options written beside `function`."""
+        if isinstance(value, str) or callable(value):
+            return {"function": value}
+        content = value if isinstance(value, dict) else dict(getattr(value, "kwargs", None) or {})
         options = {k: v for k, v in content.items() if k not in ("function", "options", "transform")}
         options |= content.get("options") or {}
         return {"function": content.get("function"), "options": options, "transform": content.get("transform")}

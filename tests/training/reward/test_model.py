@@ -16,7 +16,7 @@ from emorl.config import UserError
 from emorl.config.reward import RewardDataConfig, RewardExperiment, load_reward_experiment
 from emorl.config.yaml import to_yaml
 from emorl.evaluation.agreement import auc, calibration_error, ordered_share, rank_correlation
-from emorl.objectives import Classifier
+from emorl.objectives.models.classifier import Classifier
 from emorl.training.reward.calibration import calibrate, calibrated_loss
 from emorl.training.reward.data import compared, load_graded
 from emorl.runs.results import RewardResult, read_result
