@@ -15,8 +15,8 @@ from typing import Any
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from emorl.config import UserError, nearest
-from emorl.config.callables import callable_text
 from emorl.config.experiment import ObjectiveConfig, TransformConfig
+from emorl.config.objects import shown_name
 from emorl.config.yaml import parse
 from emorl.objectives import REGISTRY
 from emorl.objectives.scale import RAW, Scale, declared_range, interval, resolve
@@ -202,7 +202,7 @@ def _check_options(where: str, function: Callable[..., Any], options: Mapping[st
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:
-        raise UserError(f"{where}: {callable_text(function)} has no signature to read; wrap it in a function") from None
+        raise UserError(f"{where}: {shown_name(function)} has no signature to read; wrap it in a function") from None
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             if option not in parameters:

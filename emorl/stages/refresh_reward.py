@@ -135,9 +135,7 @@ def _find(experiment: RefreshExperiment, materials: Materials, files: dict[str, 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "experiment", type=Path, metavar="FILE", help="YAML file of a reward model and its policy"
-    )
+    parser.add_argument("experiment", type=Path, metavar="FILE", help="YAML file of a reward model and its policy")
     add_overrides(parser)
     add_keys(parser, RefreshExperiment, _EXAMPLE)
 

@@ -3,7 +3,7 @@ import functools
 import pytest
 
 from emorl.config import UserError
-from emorl.config.callables import callable_name, callable_text
+from emorl.config.objects import callable_name, shown_name
 from emorl.config.experiment import Experiment, ObjectiveConfig
 from emorl.config.yaml import as_mapping, parse
 
@@ -32,7 +32,7 @@ def impostor(*args, **kwargs):
 
 @pytest.mark.parametrize(("function", "name"), [(reward, "reward"), (Scorer, "Scorer"), (Scorer.score, "Scorer.score")])
 def test_a_callable_is_named_where_that_name_imports_it(function, name):
-    assert callable_name(function) == callable_text(function) == f"{__name__}:{name}"
+    assert callable_name(function) == shown_name(function) == f"{__name__}:{name}"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_callable_is_named_where_that_name_imports_it(function, name):
 )
 def test_what_cannot_be_imported_again_has_no_name_and_is_written_as_nothing_that_can(function, shown):
     assert callable_name(function) is None
-    assert callable_text(function) == shown
+    assert shown_name(function) == shown
 
 
 @pytest.mark.parametrize("function", [reward, Scorer, Scorer(), inner()])
@@ -55,7 +55,7 @@ def test_an_experiment_takes_a_callable_and_writes_its_name(function):
     for given in (function, {"function": function}, ObjectiveConfig(function=function)):
         experiment = parse(Experiment, {**BLOCKS, "objectives": {"x": given}}, "here")
         assert experiment.objectives["x"].function is function
-        assert as_mapping(experiment)["objectives"]["x"]["function"] == callable_text(function)
+        assert as_mapping(experiment)["objectives"]["x"]["function"] == shown_name(function)
 
 
 def test_options_stand_beside_a_callable():
