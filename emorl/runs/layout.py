@@ -7,6 +7,7 @@ from pathlib import Path
 from emorl.config import UserError
 
 EXPERIMENT = "experiment.yaml"
+MANIFEST = "run.json"
 RESULT = "result.json"
 COST = "cost.json"
 TRIALS = "trials.csv"

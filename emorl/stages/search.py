@@ -60,9 +60,11 @@ def generation_of(experiment: Experiment) -> dict[str, Any]:
 
 def is_enough(experiment: Experiment, result: SearchResult) -> bool:
     """Whether no larger budget is left."""
+    if result.ended_by_budget is None:
+        return True
     from emorl.search.weights import budget_of
 
-    return result.ended_by_budget in (None, asdict(budget_of(experiment.search)))
+    return result.ended_by_budget == asdict(budget_of(experiment.search))
 
 
 def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
