@@ -112,7 +112,7 @@ def test_a_reference_that_has_gone_or_changed_is_named(base, adapters, mixture, 
     settings = json.loads(file.read_text())
     make_causal_model("llama", seed=5).save_pretrained(tmp_path / "elsewhere")
     file.write_text(json.dumps(settings | {"base": {"relative": "../elsewhere", "absolute": "/nowhere"}}))
-    with pytest.raises(ValueError, match=r"was saved over another base than .* give the former one"):
+    with pytest.raises(ValueError, match=r"was saved over another base than .* give that one"):
         mixture.from_pretrained(saved)
     file.write_text(json.dumps(settings | {"base": {"relative": "../nowhere", "absolute": "/nowhere"}}))
     with pytest.raises(ValueError, match=r"the base model in .*nowhere, which has gone; put it back, or give it"):
