@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from emorl.config import UserError, nearest
 from emorl.config.experiment import DataConfig
+from emorl.policies.conversation import as_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +123,11 @@ def _check_prompt(prompt: Any, where: str) -> str:
 def _render_column(rows: Dataset, config: DataConfig, conversational: bool) -> Dataset:
     """`prompt` in TRL's format; the other columns untouched."""
 
-    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = row[config.prompt_column]
-        if not conversational or not isinstance(prompt, str):
-            return {"prompt": prompt}
-        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        return {"prompt": [*system, {"role": "user", "content": prompt}]}
-
     if not conversational and config.system_prompt:
         raise UserError("data.system_prompt needs a base with a chat template; this one has none")
     columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", config.prompt_column)}
-    return Dataset.from_dict({"prompt": [convert(row)["prompt"] for row in rows], **columns})  # type: ignore[arg-type]
+    prompts = [
+        as_prompt(prompt, conversational, config.system_prompt) if isinstance(prompt, str) else prompt
+        for prompt in rows[config.prompt_column]
+    ]
+    return Dataset.from_dict({"prompt": prompts, **columns})

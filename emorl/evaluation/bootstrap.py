@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emorl.evaluation.pareto import hypervolume
+from emorl.runs.results import Interval
 
 Scores = NDArray[np.float64]
 
@@ -23,16 +24,6 @@ class Offer:
 
     scores: Scores
     best: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One method less another one: the difference, its 95 % interval, and the share of resamples in which it is above 0."""
-
-    difference: float
-    low: float
-    high: float
-    above: float
 
 
 def resampled(
@@ -73,8 +64,8 @@ def _means(scores: Scores, of_prompts: Scores) -> Scores:
     return total / np.einsum("rp,npo->rno", of_prompts, known.astype(float))
 
 
-def difference(one: Scores, other: Scores) -> Difference:
+def difference(first: Scores, other: Scores) -> Interval:
     """Of two statistics (R + 1,) of `resampled`."""
-    gap = one - other
+    gap = first - other
     low, high = np.quantile(gap[1:], [0.025, 0.975])
-    return Difference(float(gap[0]), float(low), float(high), float((gap[1:] > 0).mean()))
+    return Interval(float(gap[0]), float(low), float(high), float((gap[1:] > 0).mean()))

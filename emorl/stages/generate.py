@@ -1,26 +1,22 @@
-"""Answers prompts with the point of a finished search's front that suits a preference, or with one policy: a fused one, any
-adapter or whole model in a folder, or a dynamic ensemble (`emorl generate RUN --prefer …`)."""
+"""Answers prompts with the point of a search's front that suits a preference, or with one policy: a fused one, any adapter or
+whole model in a folder, or a dynamic ensemble (`emorl generate RUN --prefer …`)."""
 
+import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emorl.aggregation.ensemble import MIXTURES, HiddenStateEnsemble
-from emorl.config import UserError
+from emorl.config import UserError, nearest
 from emorl.config.experiment import BaseConfig, Experiment, load_run
-from emorl.dynamic.ensemble import DYNAMIC_FILE, DynamicEnsemble, best_ensemble
-from emorl.evaluation.scoring import generate
-from emorl.objectives.preference import choose
-from emorl.policies.adapters import read_adapter
-from emorl.policies.base import Base, load_base, read_policies
-from emorl.policies.prompts import is_chat
-from emorl.runs.layout import POLICY_DIRECTORY, policy_directories
-from emorl.search.fusion_result import FUSE
-from emorl.search.weight_search import read_result
+from emorl.config.yaml import apply_overrides
+from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, EXPERIMENT, POLICY, Layout
+from emorl.runs.results import Point, SearchResult, best_dynamic_ensemble, read_result
+from emorl.stages.materials import Materials
 
-_ADAPTER_FILE = "adapter_config.json"
+_DEFAULT_GENERATION = {"max_new_tokens": 64, "do_sample": False}
 
 
 @dataclass(frozen=True)
@@ -28,44 +24,56 @@ class _Speaker:
     """Who answers and how; `described` goes into each JSON line."""
 
     model: Any
-    base: Base
+    tokenizer: Any
     described: Mapping[str, Any]
-    generation: Mapping[str, Any] = field(default_factory=lambda: {"max_new_tokens": 64, "do_sample": False})
+    generation: Mapping[str, Any]
     system_prompt: str | None = None
     seed: int = 0
 
     def answer(self, prompt: str) -> str:
-        turns: Any = [{"role": "user", "content": prompt}] if is_chat(self.base.tokenizer) else prompt
-        if self.system_prompt and is_chat(self.base.tokenizer):
-            turns = [{"role": "system", "content": self.system_prompt}, *turns]
-        answered = generate(self.model, self.base.tokenizer, [turns], self.generation, seed=self.seed)
+        from emorl.evaluation.scoring import generate
+        from emorl.policies.conversation import as_prompt
+        from emorl.policies.prompts import is_chat
+
+        asked = as_prompt(prompt, is_chat(self.tokenizer), self.system_prompt)
+        answered = generate(self.model, self.tokenizer, [asked], self.generation, seed=self.seed)
         return answered["completion"].iloc[0]
 
 
-def generate_lines(
-    directory: Path, preferences: Mapping[str, float], prompts: Sequence[str], *, as_json: bool
-) -> Iterator[str]:
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for: a preference by objective or weights by policy (neither: the best that was found), and settings of
+    decoding that replace the experiment's."""
+
+    prefer: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+def generate_lines(directory: Path, prompts: Sequence[str], wish: Wish, *, as_json: bool) -> Iterator[str]:
     """One answer per prompt, in order; as JSON lines with prompt, completion, and the point's weights and search scores or the
     policy's folder.
 
-    Without preferences the search's best point answers; where only a fusion has run, the fused policy; where only
-    `emorl dynamic` has, the dynamic ensemble, with its weights of each span.
+    Where only a fusion has run, the fused policy answers; where only `emorl dynamic` has, the dynamic ensemble, with its
+    weights of each span.
 
     Args:
         directory: output of an experiment, or a policy's folder: an adapter, a whole model or a dynamic ensemble.
     """
     if not prompts:
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
-    dynamic = _dynamic_in(directory)
-    if dynamic is not None and preferences:
-        raise UserError(f"{dynamic} is a dynamic ensemble, which was trained for one trade-off; leave --prefer out")
+    if wish.prefer and wish.weights:
+        raise UserError("--prefer chooses the weights and --weights gives them; use one of both")
+    chooses = bool(wish.prefer or wish.weights)
+    dynamic, policy = _dynamic_in(directory), _policy_in(directory)
     if dynamic is not None:
-        yield from _dynamic_lines(dynamic, prompts, as_json)
+        if chooses:
+            raise UserError(f"{dynamic} is a dynamic ensemble, which was trained for one trade-off; leave --prefer out")
+        yield from _dynamic_lines(dynamic, prompts, wish, as_json)
         return
-    policy = _policy_in(directory)
-    if policy is not None and preferences:
+    if policy is not None and chooses:
         raise UserError(f"{policy} is one policy, without a front to choose from; leave --prefer out")
-    speaker = _point(load_run(directory), preferences) if policy is None else _policy(policy)
+    speaker = _of_front(directory, wish) if policy is None else _of_policy(policy, wish)
     for prompt in prompts:
         line = {"prompt": prompt, "completion": speaker.answer(prompt), **speaker.described}
         yield json.dumps(line, ensure_ascii=False) if as_json else line["completion"]
@@ -73,61 +81,122 @@ def generate_lines(
 
 def _policy_in(directory: Path) -> Path | None:
     """The one policy that is meant; None where there is a front."""
-    if any((directory / name).is_file() for name in (_ADAPTER_FILE, "config.json")):
+    if any((directory / name).is_file() for name in (ADAPTER, "config.json")):
         return directory
-    fused = directory / FUSE / POLICY_DIRECTORY
-    searched = (directory / "search" / "result.json").exists()
-    return fused if (fused / _ADAPTER_FILE).is_file() and not searched else None
+    layout = Layout(directory)
+    fused = layout.fusion / POLICY
+    return fused if (fused / ADAPTER).is_file() and not layout.has_result("search") else None
 
 
 def _dynamic_in(directory: Path) -> Path | None:
     """The dynamic ensemble that is meant; None where there is a front, or a policy of another kind."""
-    if (directory / DYNAMIC_FILE).is_file():
+    if (directory / DYNAMIC_CARD).is_file():
         return directory
-    others = (directory / "search" / "result.json", directory / FUSE / POLICY_DIRECTORY / _ADAPTER_FILE)
-    return None if any(other.exists() for other in others) else best_ensemble(directory)
+    layout = Layout(directory)
+    has_other = layout.has_result("search") or (layout.fusion / POLICY / ADAPTER).exists()
+    return None if has_other else best_dynamic_ensemble(layout)
 
 
-def _dynamic_lines(directory: Path, prompts: Sequence[str], as_json: bool) -> Iterator[str]:
+def _dynamic_lines(directory: Path, prompts: Sequence[str], wish: Wish, as_json: bool) -> Iterator[str]:
+    from emorl.dynamic.ensemble import DynamicEnsemble
+
     ensemble = DynamicEnsemble.from_pretrained(directory)
     for prompt in prompts:
-        [answer] = ensemble.generate([ensemble.as_prompt(prompt)], seeds=[0])
+        [answer] = ensemble.generate([prompt], seeds=[0], **wish.generation)
         weights = [dict(zip(ensemble.engine.names, row, strict=True)) for row in answer.weights]
         line = {"prompt": prompt, "completion": answer.text, "tokens": answer.tokens, "weights": weights}
         yield json.dumps(line, ensure_ascii=False) if as_json else answer.text
 
 
-def _point(experiment: Experiment, preferences: Mapping[str, float]) -> _Speaker:
-    found = read_result(experiment)
-    point = choose(found["front"], preferences) if preferences else found["best"]
-    base = load_base(experiment.base)
-    adapters = read_policies(policy_directories(experiment), base, experiment.ensemble.adapter_scale)
-    ensemble = MIXTURES[experiment.ensemble.aggregate](
-        base.model, adapters, list(point["weights"].values()), include_base=experiment.ensemble.include_base
-    )
-    return _Speaker(ensemble, base, point, **_settings(experiment))
+def _of_front(directory: Path, wish: Wish) -> _Speaker:
+    """The point of a search's front, or weights of the user's, over the experiment's policies."""
+    experiment = load_run(directory)
+    search = read_result(SearchResult, Layout(directory).search)
+    point, described = _point(search, wish)
+    shown = ", ".join(f"{name} {weight:.2f}" for name, weight in point.items())
+    print(f"weights: {shown}", file=sys.stderr)
+    materials = Materials(experiment)
+    mixture = materials.mixture()
+    mixture.weights = point
+    return _Speaker(mixture, materials.base.tokenizer, described, **_settings(experiment, wish))
 
 
-def _policy(folder: Path) -> _Speaker:
+def _point(search: SearchResult, wish: Wish) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+    """The weights that a user wishes, and what is known of them."""
+    policies = list(search.best.weights)
+    if wish.weights:
+        unknown = [name for name in wish.weights if name not in policies]
+        if unknown:
+            raise UserError(f"--weights: no policy is called {unknown[0]!r}; {nearest(unknown[0], policies)}")
+        weights = {name: wish.weights.get(name, 0.0) for name in policies}
+        return weights, {"weights": weights}
+    from emorl.objectives.preference import choose
+
+    front = [_described(point) for point in search.front]
+    chosen = choose(front, wish.prefer) if wish.prefer else _described(search.best)
+    return chosen["weights"], chosen
+
+
+def _described(point: Point) -> dict[str, Any]:
+    return {"weights": dict(point.weights), "scores": dict(point.scores), "value": point.value}
+
+
+def _of_policy(folder: Path, wish: Wish) -> _Speaker:
     """With the base and the settings of the experiment in whose output it is; else its own base, and the defaults."""
-    outputs = [above for above in folder.absolute().parents[1:3] if (above / "experiment.yaml").is_file()]
+    from emorl.policies.base import load_base
+
+    outputs = [above for above in folder.absolute().parents[1:3] if (above / EXPERIMENT).is_file()]
     experiment = load_run(outputs[0]) if outputs else None
-    settings = {} if experiment is None else _settings(experiment)
+    settings = {"generation": {**_DEFAULT_GENERATION, **wish.generation}}
+    settings = settings if experiment is None else _settings(experiment, wish)
     described = {"policy": str(folder)}
-    if not (folder / _ADAPTER_FILE).is_file():
+    if not (folder / ADAPTER).is_file():
         base = load_base(BaseConfig(model=str(folder)))
-        return _Speaker(base.model, base, described, **settings)
+        return _Speaker(base.model, base.tokenizer, described, **settings)
+    from emorl.aggregation.ensemble import HiddenStateEnsemble
+    from emorl.policies.adapters import read_adapter
+    from emorl.policies.base import read_policies
+
     trained_on = read_adapter(folder).base_name
     if experiment is None and trained_on is None:
-        raise UserError(
-            f"the adapter in {folder} does not say which base it belongs to: base_model_name_or_path, in {_ADAPTER_FILE}"
-        )
+        raise UserError(f"the adapter in {folder} does not say which base it belongs to: base_model_name_or_path, in {ADAPTER}")
     base = load_base(BaseConfig(model=str(trained_on)) if experiment is None else experiment.base)
-    return _Speaker(
-        HiddenStateEnsemble(base.model, read_policies({"policy": folder}, base), [1.0]), base, described, **settings
+    ensemble = HiddenStateEnsemble(base.model, read_policies({"policy": folder}, base), [1.0])
+    return _Speaker(ensemble, base.tokenizer, described, **settings)
+
+
+def _settings(experiment: Experiment, wish: Wish) -> dict[str, Any]:
+    generation = {**experiment.generation, **wish.generation}
+    return {"generation": generation, "system_prompt": experiment.data.system_prompt, "seed": experiment.seed}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    where = "output directory of an experiment, or a policy: an adapter (OUTPUT/fuse/policy) or a whole model (of `emorl fuse`)"
+    parser.add_argument("directory", type=Path, metavar="RUN", help=where)
+    setting = "settings of decoding that replace the experiment's, such as generation.max_new_tokens=200"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=setting)
+    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
+    parser.add_argument("--prompt", action="append", help="answer this (repeatable); standard input, a line each, otherwise")
+    numbers = "NAME=NUMBER,…"
+    what = "what matters to you, by objective, such as reflection=0.7,empathy=0.3"
+    parser.add_argument("--prefer", default="", metavar=numbers, help=what)
+    parser.add_argument("--weights", default="", metavar=numbers, help="instead: weights by policy, as they are")
+
+
+def command(options: argparse.Namespace) -> None:
+    from emorl.objectives.preference import parse_numbers
+
+    wish = Wish(
+        parse_numbers("--prefer", options.prefer), parse_numbers("--weights", options.weights), _generation(options.overrides)
     )
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for line in generate_lines(options.directory, prompts, wish, as_json=options.json):
+        print(line, flush=True)
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    system_prompt = experiment.data.system_prompt
-    return {"generation": experiment.generation, "system_prompt": system_prompt, "seed": experiment.seed}
+def _generation(overrides: Sequence[str]) -> dict[str, Any]:
+    content = apply_overrides({}, overrides)
+    others = [key for key in content if key != "generation"]
+    if others:
+        raise UserError(f"{others[0]}: only settings of decoding can be changed here, such as generation.max_new_tokens=200")
+    return content.get("generation", {})

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, TrainConfig
-from emorl.training.trainers import training_block, training_steps
 
 COMBINED = ("ensemble", "soups", "scaled_ensemble", "scaled_soups")
 """methods that combine policies by weights, which are searched; all others train policies that are used as they are"""
@@ -75,7 +74,9 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
 
 
 def _longer(experiment: Experiment, train: TrainConfig, factor: float) -> TrainConfig:
-    name, block = training_block(experiment)
+    from emorl.training.trainers import training_block, training_steps
+
+    name, block = training_block(experiment.train, experiment.base)
     steps, _ = training_steps(name, block)
     longer = {**block, "max_steps": max(1, round(steps * factor))}
     return replace(train, scst=longer) if name == "train.scst" else replace(train, grpo=longer)

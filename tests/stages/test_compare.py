@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from emorl.reporting.methods import method_runs
+from pydantic import TypeAdapter
 
 from emorl.cli import main
 from emorl.config.experiment import load_experiment
 from emorl.evaluation.pareto import hypervolume
 from emorl.reporting.method_tables import method_tables
+from emorl.runs.results import MethodsResult
+from emorl.stages.methods import method_runs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL and PEFT use names that transformers 5.23 has renamed
@@ -147,7 +149,7 @@ def test_the_ensemble_comes_first_and_none_stops_by_convergence(experiment):
 
 
 def test_the_tables_name_every_method_and_what_it_cost(result):
-    text = method_tables(result)
+    text = method_tables(TypeAdapter(MethodsResult).validate_python(result))
     assert text.count("**ensemble**") == 2
     assert "| weighted |" in text
     assert "share of resamples above 0" in text
