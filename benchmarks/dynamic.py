@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.adapter_fusion import SIZES, make_model
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config.dynamic import AgentConfig
-from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import FixedWeights
 from emorl.dynamic.engines.engine import Decoding
 from emorl.dynamic.engines.stacked import StackedEngine
@@ -70,12 +70,12 @@ def measure(
     ]
     fixed = FixedWeights(torch.full((3,), 1 / 3))
     agents = {
-        "signals": Agent("ppo", 3, engine.state_width, AgentConfig(states=False, least_weight=0)),
-        "signals and states": Agent("ppo", 3, engine.state_width, AgentConfig(least_weight=0)),
-        "MAPPO": Agent("mappo", 3, engine.state_width, AgentConfig(least_weight=0)),
+        "signals": SpanAgent("ppo", 3, engine.state_width, AgentConfig(states=False, least_weight=0)),
+        "signals and states": SpanAgent("ppo", 3, engine.state_width, AgentConfig(least_weight=0)),
+        "MAPPO": SpanAgent("mappo", 3, engine.state_width, AgentConfig(least_weight=0)),
     }
     if encoder is not None:
-        agents["encoder"] = Agent("ppo", 3, engine.state_width, AgentConfig(encoder=encoder, least_weight=0))
+        agents["encoder"] = SpanAgent("ppo", 3, engine.state_width, AgentConfig(encoder=encoder, least_weight=0))
     inputs = engine.tokenizer(prompts, return_tensors="pt")
     weights = torch.full((batch, 3), 1 / 3)
     generate: Any = engine.ensemble.generate
@@ -103,7 +103,7 @@ def measure(
             base = seconds if name == "fixed" else base
             if repeat:  # the first one warms up
                 ratios[name].append(seconds / base)
-                shares[name].append(getattr(found, "controller_seconds", 0.0) / seconds)
+                shares[name].append(getattr(found, "choosing_seconds", 0.0) / seconds)
     return [
         {"batch": batch, "way": name, "overhead": statistics.median(found) - 1, "controller": statistics.median(shares[name])}
         for name, found in ratios.items()

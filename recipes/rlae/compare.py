@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from emorl.dynamic.comparison import read_dynamic, run_dynamic
 
 from emorl.config.experiment import load_experiment
-from emorl.dynamic.comparison import read_dynamic, run_dynamic
 from emorl.reporting.dynamic_table import dynamic_table
 from emorl.runs.console import Console
 from recipes.rlae.specialists import OPERATIONS, make

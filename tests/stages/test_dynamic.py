@@ -17,15 +17,16 @@ import torch
 
 pytest.importorskip("torchrl", reason="needs the extra rl")
 
+from emorl.dynamic.comparison import read_dynamic, run_dynamic
+from emorl.dynamic.fixed_weights import best_of, weight_grid
+
 from emorl import cli
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, load_experiment
 from emorl.dynamic import comparison
 from emorl.dynamic.agents import ppo
 from emorl.dynamic.agents.observation import FixedWeights
-from emorl.dynamic.comparison import read_dynamic, run_dynamic
 from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble, decoding_of, model_references
-from emorl.dynamic.fixed_weights import best_of, weight_grid
 from emorl.policies.base import load_base
 
 
