@@ -37,7 +37,7 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
     """
     seen: set[str] = set()
     parts = {
-        name: _unique(read_table(path, config.split), config, path, seen)
+        name: _unique(read_table(path, config.split), config, _named(path), seen)
         for name, path in (("test", config.test_path), ("validation", config.validation_path), ("train", config.path))
         if path
     }
@@ -48,22 +48,32 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
             continue
         if len(rest) <= size:
             raise UserError(
-                f"{config.path}: {len(parts['train'])} distinct prompts are too few to keep data.{name}={size} of them "
+                f"{_named(config.path)}: {len(parts['train'])} distinct prompts are too few to keep data.{name}={size} of them "
                 "apart; lower it or bring more prompts"
             )
         parts[name], rest = rest.select(range(size)), rest.select(range(size, len(rest)))
     if len(rest) == 0:
-        raise UserError(f"{config.path}: every prompt of it is in the validation or test file; none is left to train on")
+        raise UserError(
+            f"{_named(config.path)}: every prompt of it is in the validation or test file; none is left to train on"
+        )
     parts["train"] = rest
     return Splits(**{name: _render_column(part, config, conversational) for name, part in parts.items()})
 
 
-def read_table(path: str, split: str = "train") -> Dataset:
-    """The rows of a csv, json, jsonl or parquet file, or of a split of a hub data set.
+def _named(path: Any) -> str:
+    return path if isinstance(path, str) else "the data set"
+
+
+def read_table(path: Any, split: str = "train") -> Dataset:
+    """The rows of a csv, json, jsonl or parquet file, or of a split of a hub data set; a `Dataset` is its own.
 
     Raises:
         UserError: no such file or data set, an empty or unreadable one.
     """
+    if isinstance(path, Dataset):
+        return path
+    if not isinstance(path, str):
+        raise UserError(f"data.path: expected a file, a hub id or a datasets.Dataset, got {path!r:.60}")
     reader = _READERS.get(Path(path).suffix)
     if reader is None and Path(path).exists():
         raise UserError(f"{path}: expected a file ending in {', '.join(_READERS)}, or the hub id of a data set")

@@ -182,8 +182,8 @@ def to_yaml(config: Any, name_object: Callable[[Any], str] = object.__repr__) ->
 
 
 def describe(config_class: type, prefix: str = "", only: Collection[str] = ()) -> str:
-    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole, or `only` for
-    some of them."""
+    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole, or for
+    `only` some of them."""
     lines = []
     documents = TypeAdapter(config_class).json_schema()
     properties = documents.get("properties", {})

@@ -102,7 +102,7 @@ def summary_table(
 
 
 def hypervolumes(summary: pd.DataFrame, objectives: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Hypervolume (direction: maximise) of what each of `OFFERS` offers, and the reference point, that of all compared systems."""
+    """Hypervolume (direction: maximise) of what each of `OFFERS` offers, and its reference point: that of all systems."""
     names = list(objectives)
     reference = reference_point(summary[names])
     volumes = {

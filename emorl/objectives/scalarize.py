@@ -73,8 +73,8 @@ class Value:
         return cls(config.scalarize, importance_of(objectives, config.preferences))
 
     def __call__(self, scores: NDArray[np.float64], references: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """Values (...) of scores (..., O). `chebyshev` is scaled by scores of the single policies, `references` (M, O), or by the
-        scores themselves."""
+        """Values (...) of scores (..., O). `chebyshev` is scaled by scores of the single policies, `references` (M, O), or by
+        the scores themselves."""
         flat = scores.reshape(-1, scores.shape[-1])
         values = scalarize(flat, self.method, self.importance, flat if references is None else references)
         return values.reshape(scores.shape[:-1])

@@ -1,12 +1,12 @@
 """Evaluate stage: what was chosen and its rivals, on test prompts that neither training nor search has seen
 (`emorl evaluate experiment.yaml`).
 
-Scored are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of its front,
-and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `ensemble.aggregate: parameters` what is
-called the ensemble averages parameters too. Where `emorl dynamic` has trained a dynamic ensemble, that is scored too. The run
-directory holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system), `result.json`
-(systems, hypervolumes with their reference point) and `hacking.json` (the attacks on the objectives). Systems scored before an
-interruption are kept; a finished evaluation gets attacks that it lacks.
+Scored are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of its
+front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `ensemble.aggregate: parameters`
+what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a dynamic ensemble, that is scored too.
+The run directory holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system),
+`result.json` (systems, hypervolumes with their reference point) and `hacking.json` (the attacks on the objectives). Systems
+scored before an interruption are kept; a finished evaluation gets attacks that it lacks.
 """
 
 import argparse
@@ -206,7 +206,7 @@ STAGE = Stage(
         "-evaluate.references",
         "-evaluate.front_points",
         "-evaluate.batch",
-    ),  # fmt: skip
+    ),
     work=work,
     is_enough=is_enough,
 )

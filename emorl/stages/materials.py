@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment
+from emorl.config.objects import callable_name
 from emorl.config.yaml import as_mapping
 from emorl.runs.layout import Layout
 
@@ -48,7 +49,7 @@ class Materials:
         from emorl.policies.prompts import is_chat
 
         config = self.experiment.base
-        return self._once("template", config, lambda: is_chat(load_tokenizer(config.model)))
+        return self._once("template", config, lambda: is_chat(load_tokenizer(config)))
 
     @property
     def splits(self) -> "Splits":
@@ -78,13 +79,15 @@ class Materials:
     @property
     def base(self) -> "Base":
         """The model that policies share, as it is; what changes it takes `own_base()`."""
-        return self._once("base", self.experiment.base, self.own_base)
+        from emorl.policies.base import load_base
+
+        return self._once("base", self.experiment.base, lambda: load_base(self.experiment.base))
 
     def own_base(self) -> "Base":
         """The base loaded anew, for a stage that changes it."""
         from emorl.policies.base import load_base
 
-        return load_base(self.experiment.base)
+        return load_base(self.experiment.base, is_changed=True)
 
     @property
     def policies(self) -> "dict[str, Adapter]":

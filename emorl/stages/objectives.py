@@ -1,4 +1,4 @@
-"""What objectives there are, and those of an experiment on texts that break reward functions (`emorl objectives [check FILE]`)."""
+"""What objectives there are; those of an experiment on texts that break reward functions (`emorl objectives [check FILE]`)."""
 
 import argparse
 import json

@@ -32,9 +32,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def add_keys(parser: argparse.ArgumentParser, kind: type, before: str) -> None:
     """`--help` describes all keys of another kind of file, behind an example."""
     if _wants_help():
-        parser.epilog = (
-            f"{before}Any key can be set on the command line as dotted.key=value. Keys (with defaults):\n{describe(kind)}"
-        )
+        settable = "Any key can be set on the command line as dotted.key=value. Keys (with defaults):"
+        parser.epilog = f"{before}{settable}\n{describe(kind)}"
 
 
 def _wants_help() -> bool:

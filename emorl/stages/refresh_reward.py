@@ -8,95 +8,94 @@ compared on the added rows, on rows made alike from what the policy says to the 
 never trained on, and on the reward model's validation rows, which never change.
 """
 
+import argparse
 import json
-import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from peft import PeftModel
 
 from emorl.config.experiment import Experiment
-from emorl.config.reward import RefreshExperiment, RewardExperiment
+from emorl.config.reward import RefreshExperiment, RewardExperiment, load_refresh_experiment
 from emorl.config.yaml import as_mapping
-from emorl.data import load_prompts
-from emorl.evaluation.scoring import generate
-from emorl.objectives.loading import load_objective
-from emorl.policies.base import load_base
-from emorl.policies.prompts import is_chat
-from emorl.runs.layout import policy_directories
+from emorl.runs.console import Console
+from emorl.runs.layout import MODEL, Layout
 from emorl.runs.progress import Progress, Silent
-from emorl.runs.run import only_process, open_run, read_json, write_json, write_text
-from emorl.training.policy import train
-from emorl.training.reward.data import Graded, load_graded
-from emorl.training.reward.model import MODEL_DIRECTORY, read_figures, train_reward
+from emorl.runs.results import RefreshResult, RefreshRound, as_json
+from emorl.stages.materials import Materials
+from emorl.stages.options import add_keys, add_overrides
+from emorl.stages.stage import perform, work_once
+from emorl.stages.train import policy_stage
+from emorl.stages.train_reward import train_reward
 
-Row = dict[str, Any]
-REPEATED, MISMATCHED = "repeated", "mismatched"
+_EXAMPLE = """\
+FILE is YAML, for example
+  reward: {output: runs/politeness, model: …, data: …, loss: ranking}    # as for train-reward
+  policy:                                                                # as for train, with one objective
+    output: runs/politeness-refresh
+    base: {model: Qwen/Qwen3-0.6B}
+    data: {path: prompts.jsonl}
+    objectives: {polite: classifier}
+    train: {grpo: {beta: 0.01, max_steps: 100}}                          # a weak anchor finds more to refuse
+  retraining: {num_train_epochs: 1}
+"""
+_PARTS = ("negatives", "held_out")
 
 
-def refresh(experiment: RefreshExperiment, progress: Progress | None = None) -> Path:
-    """Runs all rounds; returns the directory with `result.json`: per round the policy's training, what was added, mean
-    scores of the added and of the held-out rows before and after, and the validation figures before and after.
+def refresh(experiment: RefreshExperiment, progress: Progress | None = None) -> RefreshResult:
+    """All rounds; a finished refresh is only read, an interrupted one goes on.
 
     Raises:
-        UserError: as `train_reward` and `train`.
+        UserError: as `train_reward` and training a policy.
     """
     progress = progress or Silent()
     output = experiment.policy.output
-    with only_process(output):
-        run = open_run(output, "refresh", as_mapping(experiment))
-        if run.finished:
-            progress.say(f"refresh: finished before, in {output}")
-            return output
+
+    def work(run: object) -> RefreshResult:
         reward, rounds = experiment.reward, []
         train_reward(reward, progress)
         for number in range(1, experiment.rounds + 1):
             rounds.append(_round(experiment, reward, output / f"round-{number}", progress))
             reward = _refreshed(experiment, reward, output / f"round-{number}")
-        write_json(output / "result.json", {"model": str(reward.output / MODEL_DIRECTORY), "rounds": rounds})
-        run.finish()
-    return output
+        return RefreshResult(str(reward.output / MODEL), rounds)
+
+    return work_once(output, "refresh", as_mapping(experiment), RefreshResult, work, progress)
 
 
-def read_rounds(output: Path) -> list[dict[str, Any]]:
-    """What each round of a finished refresh found and changed."""
-    return read_json(output / "result.json")["rounds"]
+def _round(experiment: RefreshExperiment, reward: RewardExperiment, folder: Path, progress: Progress) -> RefreshRound:
+    from emorl.training.reward.refresh import mean_scores, write_tables
 
-
-def _round(experiment: RefreshExperiment, reward: RewardExperiment, folder: Path, progress: Progress) -> dict[str, Any]:
     [name] = experiment.policy.objectives
-    policy = _policy(experiment.policy, reward, folder)
-    train(policy, name, progress)
-    found = {part: folder / f"{part}.jsonl" for part in ("negatives", "held_out")}
-    if not all(path.exists() for path in found.values()):
-        _find(experiment, policy, found)
-    added, held_out = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in found.values())
+    materials = Materials(_policy(experiment.policy, reward, folder))
+    trained = perform(policy_stage(materials.experiment, name), materials.experiment, progress, materials)
+    files = {part: folder / f"{part}.jsonl" for part in _PARTS}
+    if not all(path.exists() for path in files.values()):
+        _find(experiment, materials, files)
+    added, held_out = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in files.values())
     after = _refreshed(experiment, reward, folder)
     if not (folder / "graded.jsonl").exists():
-        _write_tables(reward, added, folder)
-    train_reward(after, progress)
-    trained = read_json(policy.training_of(name) / "result.json")
-    refreshed = _policy(experiment.policy, after, folder)
-    return {
-        "policy": {key: trained[key] for key in ("base_reward", "reward", "base_distinct_share", "distinct_share", "kl")},
-        "added": dict(Counter(row["kind"] for row in added)),
-        "held_out": dict(Counter(row["kind"] for row in held_out)),
-        "added_before": _mean_scores(policy, name, added),
-        "added_after": _mean_scores(refreshed, name, added),
-        "held_out_before": _mean_scores(policy, name, held_out),
-        "held_out_after": _mean_scores(refreshed, name, held_out),
-        "validation_before": read_figures(reward.output),
-        "validation_after": read_figures(after.output),
-    }
+        write_tables(reward, added, folder)
+    figures = train_reward(after, progress).figures
+    objective, refreshed = (
+        materials.of(_policy(experiment.policy, model, folder)).objective(name) for model in (reward, after)
+    )
+    shown = ("base_reward", "reward", "base_distinct_share", "distinct_share", "kl")
+    return RefreshRound(
+        policy={key: getattr(trained, key) for key in shown},
+        added=dict(Counter(row["kind"] for row in added)),
+        held_out=dict(Counter(row["kind"] for row in held_out)),
+        added_before=mean_scores(objective, added),
+        added_after=mean_scores(refreshed, added),
+        held_out_before=mean_scores(objective, held_out),
+        held_out_after=mean_scores(refreshed, held_out),
+        validation_before=train_reward(reward).figures,
+        validation_after=figures,
+    )
 
 
 def _policy(experiment: Experiment, reward: RewardExperiment, folder: Path) -> Experiment:
     """The experiment with the reward model as its objective's `model`."""
     [(name, config)] = experiment.objectives.items()
-    options = {**config.options, "model": str(reward.output / MODEL_DIRECTORY)}
+    options = {**config.options, "model": str(reward.output / MODEL)}
     return replace(experiment, output=folder, objectives={name: replace(config, options=options)})
 
 
@@ -113,75 +112,36 @@ def _refreshed(experiment: RefreshExperiment, reward: RewardExperiment, folder: 
     return replace(
         reward,
         output=folder / "reward",
-        model=str(reward.output / MODEL_DIRECTORY),
+        model=str(reward.output / MODEL),
         data=data,
         training={**reward.training, **experiment.retraining},
     )
 
 
-def _write_tables(reward: RewardExperiment, negatives: Sequence[Row], folder: Path) -> None:
-    """The reward model's rows with the negatives, and its validation rows as they were."""
-    data = load_graded(reward)
-    group_of = {row.prompt: row.group for row in [*data.training, *data.validation]}
-    lowest = dict.fromkeys(data.names, reward.data.label_range[0])
-    added = [
-        {"prompt": row["prompt"], "response": row["response"], **lowest, "group": group_of.get(row["prompt"], row["prompt"])}
-        for row in negatives
-    ]
-    training = [*(_row(reward, data.names, row) for row in data.training), *added]
-    _write_lines(folder / "validation.jsonl", [_row(reward, data.names, row) for row in data.validation])
-    _write_lines(folder / "graded.jsonl", training)
-
-
-def _row(reward: RewardExperiment, names: Sequence[str], row: Graded) -> Row:
-    low, high = reward.data.label_range
-    labels = {name: low + target * (high - low) for name, target in zip(names, row.targets, strict=True)}
-    return {"prompt": row.prompt, "response": row.response, **labels, "group": row.group}
-
-
-def _write_lines(path: Path, rows: Sequence[Row]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _find(experiment: RefreshExperiment, policy: Experiment, found: dict[str, Path]) -> None:
+def _find(experiment: RefreshExperiment, materials: Materials, files: dict[str, Path]) -> None:
     """Writes what the trained policy says wrongly: to training prompts (to be added) and to validation prompts."""
-    base = load_base(policy.base)
-    prompts = load_prompts(policy.data, policy.seed, is_chat(base.tokenizer))
-    [directory] = policy_directories(policy).values()
-    trained = PeftModel.from_pretrained(base.model, str(directory)).eval()
-    for part, asked in (("negatives", prompts.train), ("held_out", prompts.validation)):
+    from peft import PeftModel
+
+    from emorl.evaluation.scoring import generate
+    from emorl.training.reward.refresh import negatives, write_lines
+
+    policy, base = materials.experiment, materials.own_base()
+    [folder] = Layout(policy.output).trained(policy.policy_names).values()
+    trained = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    for part, asked in zip(_PARTS, (materials.splits.train, materials.splits.validation), strict=True):
         table = generate(trained, base.tokenizer, list(asked["prompt"]), policy.generation, seed=policy.seed)
-        said = [(prompt, text) for prompt, text in zip(table["prompt"], table["completion"], strict=True) if text.strip()]
-        _write_lines(found[part], negatives(said, experiment.negatives, policy.seed))
+        answers = [(prompt, text) for prompt, text in zip(table["prompt"], table["completion"], strict=True) if text.strip()]
+        write_lines(files[part], negatives(answers, experiment.negatives, policy.seed))
 
 
-def negatives(said: Sequence[tuple[str, str]], most: int, seed: int) -> list[Row]:
-    """Rows (prompt, response, kind) that deserve the lowest grade, at most `most` of each kind.
-
-    `repeated`: the same words, but for case and spacing, to two prompts or more. `mismatched`: an answer under the prompt of
-    somebody whom the policy answered otherwise.
-    """
-    rng = random.Random(seed)
-    times = Counter(_words(text) for _, text in said)
-    repeated = [(prompt, text, REPEATED) for prompt, text in said if times[_words(text)] > 1]
-    mismatched = []
-    for prompt, text in said:
-        others = [other for other, answer in said if other != prompt and _words(answer) != _words(text)]
-        if others:
-            mismatched.append((rng.choice(others), text, MISMATCHED))
-    chosen = [rng.sample(rows, min(most, len(rows))) for rows in (repeated, mismatched)]
-    return [{"prompt": prompt, "response": text, "kind": kind} for rows in chosen for prompt, text, kind in rows]
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, metavar="FILE", help="YAML file of a reward model and its policy")
+    add_overrides(parser)
+    add_keys(parser, RefreshExperiment, _EXAMPLE)
 
 
-def _words(text: str) -> str:
-    return " ".join(text.casefold().split())
+def command(options: argparse.Namespace) -> None:
+    from emorl.reporting.reward_tables import refresh_table
 
-
-def _mean_scores(policy: Experiment, name: str, rows: Sequence[Row]) -> dict[str, float]:
-    """Mean score of the added rows by kind."""
-    scores = load_objective(name, policy.objectives[name])([row["prompt"] for row in rows], [row["response"] for row in rows])
-    by_kind: dict[str, list[float]] = {}
-    for row, score in zip(rows, scores, strict=True):
-        if score is not None:
-            by_kind.setdefault(row["kind"], []).append(score)
-    return {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+    rounds = as_json(refresh(load_refresh_experiment(options.experiment, options.overrides), Console()))["rounds"]
+    print(json.dumps(rounds, indent=2) if options.json else refresh_table(rounds))

@@ -179,7 +179,7 @@ STAGE = Stage(
         "-search.trials",
         "-search.seconds",
         "-search.tokens",  # a budget may be raised
-    ),  # fmt: skip
+    ),
     work=work,
     is_enough=is_enough,
     is_shared=True,

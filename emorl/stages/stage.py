@@ -5,10 +5,11 @@
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from emorl.config import UserError, nearest
@@ -55,7 +56,7 @@ def perform(
     progress: Progress | None = None,
     materials: Materials | None = None,
 ) -> Any:
-    """Runs a stage of an experiment and returns its result: one that is finished is only read, one that was interrupted goes on.
+    """Runs a stage of an experiment and returns its result: a finished one is only read, an interrupted one goes on.
 
     Args:
         stage: or its name: train, search, evaluate, compare, fuse, dynamic. `train` returns one result for each policy.
@@ -68,20 +69,52 @@ def perform(
     if isinstance(stage, str):
         return _module(stage).performed(experiment, progress, materials)
     stage.check(experiment)
-    folder = Layout(experiment.output).stage(stage.name)
-    is_main = is_main_process()
-    with only_process(folder) if is_main and not stage.is_shared else nullcontext():
-        run = open_run(folder, stage.name, identity(experiment, stage.depends_on), is_main)
-        if run.finished and (folder / RESULT).exists():
-            result = read_result(stage.result, folder)
-            if stage.is_enough(experiment, result):
-                progress.say(f"{stage.name}: finished before, in {folder}")
-                return result
-        if is_main:
+
+    def work(run: Run) -> Result:
+        if run.is_main:
             keep_experiment(experiment)
-            for line in materials.not_resumed():
-                progress.warn(line)
-        result = stage.work(materials, run, progress)
+        for line in materials.not_resumed():
+            progress.warn(line)
+        return stage.work(materials, run, progress)
+
+    return work_once(
+        Layout(experiment.output).stage(stage.name),
+        stage.name,
+        identity(experiment, stage.depends_on),
+        stage.result,
+        work,
+        progress,
+        is_enough=lambda result: stage.is_enough(experiment, result),
+        is_shared=stage.is_shared,
+    )
+
+
+def work_once(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    kind: type[Result],
+    work: Callable[[Run], Result],
+    progress: Progress,
+    *,
+    is_enough: Callable[[Result], bool] = lambda result: True,
+    is_shared: bool = False,
+) -> Result:
+    """The result of a run directory: read where it is finished and enough, else worked for, written and finished.
+
+    Args:
+        config: what makes the run this one and no other.
+        kind: of the result.
+    """
+    is_main = is_main_process()
+    with only_process(folder) if is_main and not is_shared else nullcontext():
+        run = open_run(folder, name, config, is_main)
+        if run.finished and (folder / RESULT).exists():
+            result = read_result(kind, folder)
+            if is_enough(result):
+                progress.say(f"{name}: finished before, in {folder}")
+                return result
+        result = work(run)
         if is_main:
             write_result(folder, result)
             run.finish()

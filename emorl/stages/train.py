@@ -1,9 +1,9 @@
 """Train stage: one policy for each objective, or one for all (`emorl train experiment.yaml --objective NAME`).
 
-Each policy has a run directory of its own, `train/NAME`, with its adapter in `policy/`. Departures from EMORL (arXiv 2505.02579),
-whose KL term has no effect: TRL's GRPO or our SCST with `beta` > 0, and the KL it leads to is measured at every validation;
-validation decodes as the policy will be used (the experiment's `generation`), and the best checkpoint that has not collapsed is
-kept instead of the last. Under `accelerate launch` or `torchrun` every process performs this stage.
+Each policy has a run directory of its own, `train/NAME`, with its adapter in `policy/`. Departures from EMORL (arXiv
+2505.02579), whose KL term has no effect: TRL's GRPO or our SCST with `beta` > 0, and the KL it leads to is measured at every
+validation; validation decodes as the policy will be used (the experiment's `generation`), and the best checkpoint that has not
+collapsed is kept instead of the last. Under `accelerate launch` or `torchrun` every process performs this stage.
 """
 
 import argparse

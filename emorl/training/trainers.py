@@ -20,6 +20,7 @@ from trl.models import unwrap_model_for_generation
 
 from emorl.config import UserError, check_keys
 from emorl.config.experiment import BaseConfig, TrainConfig
+from emorl.config.objects import shown_name
 from emorl.data import Splits
 from emorl.evaluation.scoring import evaluate, summarize
 from emorl.objectives.loading import Objective
@@ -159,7 +160,7 @@ def training_block(train: TrainConfig, base: BaseConfig) -> tuple[str, Mapping[s
     name, other = ("train.scst", "train.grpo") if encoder_decoder else ("train.grpo", "train.scst")
     if blocks[other]:
         what = "an encoder-decoder" if encoder_decoder else "a decoder"
-        raise UserError(f"{other} has settings, but base.model {base.model!r} is {what}; use {name}")
+        raise UserError(f"{other} has settings, but base.model {shown_name(base.model)!r} is {what}; use {name}")
     return name, blocks[name]
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from emorl.objectives import Classifier
+from emorl.objectives.models.classifier import Classifier
 from emorl.objectives.models.frozen_model import Dtype
 from emorl.policies.conversation import completion_text, prompt_text
 from emorl.runs.run import read_json

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from emorl.evaluation.agreement import auc
-from emorl.objectives import Specificity
+from emorl.objectives.models.similarity import Specificity
 from emorl.runs.run import write_json, write_text
 from emorl.training.reward.calibration import calibrate
 from emorl.training.reward.model import MODEL_DIRECTORY

@@ -6,7 +6,7 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from emorl.config.experiment import TransformConfig
-from emorl.objectives import REGISTRY
+from emorl.objectives import registered
 from emorl.objectives.catalogue import catalogue
 from emorl.objectives.check import TOGETHER, check_objective
 from emorl.objectives.loading import Objective
@@ -35,7 +35,7 @@ def by_text(score):
 @pytest.mark.parametrize("row", [CHAT, TEXT], ids=["conversation", "text"])
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue() if not entry.needs])
 def test_every_rule_passes_in_both_formats(name, row):
-    result = check_objective(Objective(name, REGISTRY[name](), resolve(None, declared_range(REGISTRY[name]))), row)
+    result = check_objective(Objective(name, registered(name)(), resolve(None, declared_range(registered(name)))), row)
     assert [case for case in result.cases if case.problems] == []
     assert not result.other_format.problems
     assert len(result.cases) >= 17
