@@ -1,10 +1,10 @@
-"""What does a controller cost? Decoding with weights chosen anew for every span, against the same decoding with fixed weights.
+"""What does an agent cost? Decoding with weights chosen anew for every span, against the same decoding with fixed weights.
 
 Three random LoRA policies on a random Llama, no end token, so that all write equally many tokens. *fixed* is the dynamic
-ensemble's own loop with one weight vector and no controller; `generate()` is transformers' loop on the same ensemble. Agents
+ensemble's own loop with one weight vector and no agent; `generate()` is transformers' loop on the same ensemble. Agents
 are as they come, untrained: what an action is does not change its cost, but that a model without weight is not run, so no
 weight is cut (`least_weight` 0). Ways are interleaved within each repeat; an overhead is the median over repeats of the ratio
-inside one repeat, less 1. *controller* is the share of the time spent in the agent, *signals* the rest of the overhead:
+inside one repeat, less 1. *choosing* is the share of the time spent in the agent, *signals* the rest of the overhead:
 K products with the head, and entropies.
 
     python -m benchmarks.dynamic --threads 1 --batch 1 8
@@ -105,7 +105,7 @@ def measure(
                 ratios[name].append(seconds / base)
                 shares[name].append(getattr(found, "choosing_seconds", 0.0) / seconds)
     return [
-        {"batch": batch, "way": name, "overhead": statistics.median(found) - 1, "controller": statistics.median(shares[name])}
+        {"batch": batch, "way": name, "overhead": statistics.median(found) - 1, "choosing": statistics.median(shares[name])}
         for name, found in ratios.items()
     ]
 
@@ -132,9 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print("\n".join(json.dumps(row) for row in rows))
         return
-    print("| batch | way | overhead | controller |\n|---|---|---|---|")
+    print("| batch | way | overhead | choosing |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['batch']} | {row['way']} | {row['overhead']:+.1%} | {row['controller']:.1%} |")
+        print(f"| {row['batch']} | {row['way']} | {row['overhead']:+.1%} | {row['choosing']:.1%} |")
 
 
 if __name__ == "__main__":

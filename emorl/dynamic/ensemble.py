@@ -6,7 +6,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -122,7 +122,7 @@ class DynamicEnsemble:
         content = {
             "kind": self.chooser.kind,
             "models": {name: _relative(place, directory) for name, place in models.places.items()},
-            "base": {**asdict(models.base), "model": _relative(models.base.model, directory)},
+            "base": asdict(_with_places(models.base, lambda place: _relative(place, directory))),
             "vocabulary": models.vocabulary,
             "top_k": models.top_k,
             "agent": {**asdict(self.chooser.config), "encoder": encoder and _relative(encoder, directory)},
@@ -148,7 +148,7 @@ class DynamicEnsemble:
         content = read_json(directory / DYNAMIC_FILE)
         models = Models(
             {name: _located(place, directory) for name, place in content["models"].items()},
-            BaseConfig(**{**content["base"], "model": _located(content["base"]["model"], directory)}),
+            _with_places(BaseConfig(**content["base"]), lambda place: _located(place, directory)),
             content["vocabulary"],
             content["top_k"],
             content["system_prompt"],
@@ -167,6 +167,10 @@ def best_ensemble(folder: Path) -> Path | None:
     runs = [file.parent for file in sorted(folder.glob(f"*/{RESULT}")) if (file.parent / ENSEMBLE).is_dir()]
     best = max(runs, key=lambda run: read_result(AgentResult, run).validation, default=None)
     return None if best is None else best / ENSEMBLE
+
+
+def _with_places(base: BaseConfig, moved: Callable[[str], str]) -> BaseConfig:
+    return replace(base, model=moved(base.model), tokenizer=base.tokenizer and moved(base.tokenizer))
 
 
 def _relative(place: str, directory: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from emorl.config import UserError
 from emorl.config.experiment import BaseConfig
+from emorl.config.objects import is_object
 from emorl.runs.layout import ADAPTER
 
 
@@ -36,17 +37,22 @@ def check_together(models: Models) -> None:
     """Refuses models that cannot write together whatever is in them.
 
     Raises:
-        UserError: fewer than two, adapters mixed with whole models, a system prompt for whole models.
+        UserError: fewer than two, adapters mixed with whole models, a system prompt for whole models, a base that is loaded
+            already: what is saved refers to it.
     """
     places = models.places
+    if is_object(models.base.model) or is_object(models.base.tokenizer or ""):
+        raise UserError(
+            "base: a dynamic ensemble refers to its base and tokenizer; give folders or hub ids, not what is loaded"
+        )
     if len(places) < 2:
         raise UserError(f"a dynamic ensemble needs at least two models, and here is {', '.join(places)}; see dynamic.models")
     whole = [name for name, place in places.items() if not _is_adapter(place)]
     if 0 < len(whole) < len(places):
         adapter = next(name for name in places if name not in whole)
         raise UserError(
-            f"dynamic.models: {adapter} is a LoRA adapter of the base and {whole[0]} a model of its own; give adapters only, or "
-            "whole models only"
+            f"dynamic.models: {adapter} is a LoRA adapter of the base and {whole[0]} a model of its own; give adapters "
+            "only, or whole models only"
         )
     if whole and models.system_prompt:
         raise UserError("data.system_prompt: different models have templates of their own; write it into the prompts")

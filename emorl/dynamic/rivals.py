@@ -110,9 +110,7 @@ def compare(
     best: AgentKind,
     progress: Progress,
 ) -> list[Compared]:
-    """Every system on the test prompts: the single models, their other rivals, then the agents, the best one at other spans too.
-
-    Every process gets all of it.
+    """Every system on the test prompts, in every process: single models, other rivals, agents, the best one at other spans.
 
     Args:
         fixed: the best fixed weights.

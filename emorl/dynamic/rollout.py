@@ -32,8 +32,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decisions:
-    """N decisions by prompt, then in the order of time: `SpanAgent.sample`'s tensors, and of which prompt and turn each is, both
-    (N,)."""
+    """N decisions by prompt, then in the order of time: `SpanAgent.sample`'s tensors, and of which prompt and turn each is,
+    both (N,)."""
 
     data: dict[str, Tensor]
     rows: Tensor
@@ -55,8 +55,8 @@ class Rollout:
 
 
 class Sampler:
-    """An agent's sampled actions as a `WeightChooser`, which keeps its decisions. Noise belongs to each text, so a batch changes
-    no text's noise.
+    """An agent's sampled actions as a `WeightChooser`, which keeps its decisions. Noise belongs to each text, so a batch
+    changes no text's noise.
 
     Args:
         seeds: of the texts, one each.

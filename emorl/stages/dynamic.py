@@ -1,4 +1,4 @@
-"""Dynamic stage: agents that set the weights anew for every span of text, against fixed weights (`emorl dynamic experiment.yaml`).
+"""Dynamic stage: agents that set the weights anew for every span of text, and their rivals (`emorl dynamic experiment.yaml`).
 
 RLAE (arXiv 2506.00439); how it departs from the paper stands in `dynamic/agents/`. It is a run for each step: `dynamic/fixed`
 (the best fixed weights), `dynamic/ppo` and `dynamic/mappo` (an agent each, with its artifact in `ensemble/`), and
@@ -26,6 +26,7 @@ from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import Stage, identity, is_main_process, perform
 
 if TYPE_CHECKING:
+    from emorl.dynamic.agents.agent import SpanAgent
     from emorl.dynamic.setting import Setting
 
 ANSWERS = "answers.parquet"
@@ -98,7 +99,9 @@ def work(materials: Materials, run: Run, progress: Progress) -> DynamicResult:
         for kind in experiment.dynamic.agents
     }
     best = max(results, key=lambda kind: results[kind].validation)
-    agents = {kind: trained_agent(setting, kind, layout.stage(f"dynamic/{kind}")) for kind in results}
+    agents: dict[AgentKind, SpanAgent] = {
+        kind: trained_agent(setting, kind, layout.stage(f"dynamic/{kind}")) for kind in results
+    }
     records = compare(setting, weights, agents, best, progress)
     if run.is_main:
         with written_whole(run.path / ANSWERS) as temporary:

@@ -26,7 +26,7 @@ def load_engine(models: Models, base: Base | None = None) -> Engine:
             base = base or load_base(models.base)
             policies = read_policies({name: Path(place) for name, place in models.places.items()}, base)
             return StackedEngine(HiddenStateEnsemble(base.model, policies), base.tokenizer)
-        loaded = [load_base(replace(models.base, model=place)) for place in models.places.values()]
+        loaded = [load_base(replace(models.base, model=place, tokenizer=None)) for place in models.places.values()]
         return UnionEngine(
             [each.model for each in loaded],
             [each.tokenizer for each in loaded],

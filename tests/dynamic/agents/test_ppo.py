@@ -19,9 +19,9 @@ PROMPTS = [str(digit % 3) for digit in range(48)]
 CONFIG = PPOConfig(learning_rate=1e-3, entropy=0.01, target_kl=0.1)
 
 
-def success(controller: Any) -> float:
+def success(chooser: Any) -> float:
     """Share of prompts with the right model in every span."""
-    found = write(ENGINE, ["0", "1", "2"], controller, Decoding(SPANS), span=1)
+    found = write(ENGINE, ["0", "1", "2"], chooser, Decoding(SPANS), span=1)
     return sum(one.text == ENGINE.right(str(one.row), SPANS) for one in found.answers) / 3
 
 
