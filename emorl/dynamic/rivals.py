@@ -16,7 +16,6 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emorl.config.dynamic import AgentKind
 from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import FixedWeights, WeightChooser
 from emorl.dynamic.answer_value import mean_by_row
@@ -26,7 +25,7 @@ from emorl.dynamic.router import features_of, fit_router
 from emorl.dynamic.setting import Setting
 from emorl.policies.conversation import prompt_text
 from emorl.runs.progress import Progress
-from emorl.runs.results import DynamicSystem
+from emorl.runs.results import DynamicSystem, FixedPoint, FixedResult
 
 BEST_FIXED = "best fixed weights"
 _ROUTED = 512  # training prompts a router learns from, at most
@@ -84,11 +83,22 @@ def values_of_fixed(setting: Setting, data: Dataset, weights: Tensor) -> NDArray
     return np.array([mean for part in parts for mean in part]).reshape(len(weights), len(prompts))
 
 
-def best_of(weights: Tensor, values: Any) -> tuple[list[float], float]:
-    """The weights with the highest mean value, the first of equals, and that value."""
-    means = np.asarray(values).mean(1)
-    best = int(means.argmax())
-    return weights[best].tolist(), float(means[best])
+def best_fixed(setting: Setting, progress: Progress) -> FixedResult:
+    """The best weights of the grid by the validation prompts."""
+    data, names = setting.splits.validation, setting.engine.names
+    grid = weight_grid(len(names), setting.config.fixed_step)
+    progress.say(f"dynamic: {len(grid)} fixed weights on {len(data)} validation prompts")
+    means = values_of_fixed(setting, data, grid).mean(1).tolist()
+    tried = [FixedPoint(dict(zip(names, row, strict=True)), mean) for row, mean in zip(grid.tolist(), means, strict=True)]
+    best = best_of(tried)
+    shown = ", ".join(f"{name} {weight:.2f}" for name, weight in best.weights.items())
+    progress.say(f"dynamic: best fixed weights {shown}, value {best.validation:.3f}")
+    return FixedResult(best, tried)
+
+
+def best_of(tried: Sequence[FixedPoint]) -> FixedPoint:
+    """The first of those with the highest value."""
+    return max(tried, key=lambda point: point.validation)
 
 
 @dataclass(frozen=True)
@@ -106,15 +116,15 @@ class Compared:
 def compare(
     setting: Setting,
     fixed: Sequence[float],
-    agents: Mapping[AgentKind, SpanAgent],
-    best: AgentKind,
+    agents: Mapping[str, SpanAgent],
+    best: str,
     progress: Progress,
 ) -> list[Compared]:
     """Every system on the test prompts, in every process: single models, other rivals, agents, the best one at other spans.
 
     Args:
         fixed: the best fixed weights.
-        best: the agent that is compared at `dynamic.spans`.
+        agents: by their kinds; `best` is compared at `dynamic.spans` too.
     """
     names, config = setting.engine.names, setting.config
     equal = torch.full((len(names),), 1 / len(names))

@@ -9,7 +9,7 @@ RLAE (arXiv 2506.00439); how it departs from the paper stands in `dynamic/agents
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emorl.config import UserError
 from emorl.config.dynamic import AgentKind
@@ -19,14 +19,13 @@ from emorl.reporting.dynamic_table import dynamic_table
 from emorl.runs.console import Console
 from emorl.runs.layout import Layout
 from emorl.runs.progress import Progress, Silent
-from emorl.runs.results import AgentResult, DynamicResult, FixedPoint, FixedResult, as_json, read_result
+from emorl.runs.results import AgentResult, DynamicResult, FixedResult, as_json, read_result
 from emorl.runs.run import Run, open_run, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import Stage, identity, is_main_process, perform
 
 if TYPE_CHECKING:
-    from emorl.dynamic.agents.agent import SpanAgent
     from emorl.dynamic.setting import Setting
 
 ANSWERS = "answers.parquet"
@@ -86,22 +85,27 @@ def work(materials: Materials, run: Run, progress: Progress) -> DynamicResult:
     """The steps that are missing, each in a run of its own, and the comparison."""
     import torch
 
-    from emorl.dynamic.agents.training import trained_agent
-    from emorl.dynamic.rivals import answers_table, compare, systems_of
+    from emorl.dynamic.agents.training import train_agent, trained_agent
+    from emorl.dynamic.rivals import answers_table, best_fixed, compare, systems_of
 
-    experiment, layout = materials.experiment, materials.layout
-    setting = _setting(materials)
+    experiment, setting = materials.experiment, _setting(materials)
     names, objectives = setting.engine.names, list(experiment.objectives)
-    fixed: FixedPoint = perform(_fixed_stage(setting), experiment, progress, materials).best
+
+    def step(stage: Stage[Any]) -> Any:
+        return perform(stage, experiment, progress, materials)
+
+    def agent_stage(kind: AgentKind) -> Stage[AgentResult]:
+        def train(materials: Materials, run: Run, progress: Progress) -> AgentResult:
+            return train_agent(setting, kind, weights, run.path, progress)
+
+        return Stage(f"dynamic/{kind}", AgentResult, _checked, _AGENT, train, is_enough)
+
+    fixed = step(Stage("dynamic/fixed", FixedResult, _checked, _FIXED, lambda *_: best_fixed(setting, progress))).best
     weights = [fixed.weights[name] for name in names]
-    results: dict[AgentKind, AgentResult] = {
-        kind: perform(_agent_stage(setting, kind, weights), experiment, progress, materials)
-        for kind in experiment.dynamic.agents
-    }
+    kinds, layout = experiment.dynamic.agents, materials.layout
+    results: dict[str, AgentResult] = {kind: step(agent_stage(kind)) for kind in kinds}
     best = max(results, key=lambda kind: results[kind].validation)
-    agents: dict[AgentKind, SpanAgent] = {
-        kind: trained_agent(setting, kind, layout.stage(f"dynamic/{kind}")) for kind in results
-    }
+    agents = {kind: trained_agent(setting, kind, layout.stage(f"dynamic/{kind}")) for kind in kinds}
     records = compare(setting, weights, agents, best, progress)
     if run.is_main:
         with written_whole(run.path / ANSWERS) as temporary:
@@ -118,6 +122,10 @@ def work(materials: Materials, run: Run, progress: Progress) -> DynamicResult:
     )
 
 
+def _checked(experiment: Experiment) -> None:
+    """Of the steps: `check` has looked at all of them."""
+
+
 def _setting(materials: Materials) -> "Setting":
     from emorl.dynamic.answer_value import AnswerValue
     from emorl.dynamic.engines.engine import decoding_of
@@ -128,47 +136,9 @@ def _setting(materials: Materials) -> "Setting":
     experiment, models = materials.experiment, models_of(materials.experiment)
     splits = materials.splits_as(models.share_base and materials.is_conversational)  # whole models render prompts by themselves
     value = AnswerValue(materials.objectives, Value.of(experiment.value, list(experiment.objectives)))
-    return Setting(
-        load_engine(models, materials.base if models.share_base else None),
-        models,
-        splits,
-        value,
-        decoding_of(experiment.generation, experiment.seed),
-        experiment.dynamic,
-        experiment.seed,
-    )
-
-
-def _fixed_stage(setting: "Setting") -> Stage[FixedResult]:
-    """The best weights of the grid by the validation prompts."""
-
-    def work(materials: Materials, run: Run, progress: Progress) -> FixedResult:
-        from emorl.dynamic.rivals import best_of, values_of_fixed, weight_grid
-
-        data, names = setting.splits.validation, setting.engine.names
-        grid = weight_grid(len(names), setting.config.fixed_step)
-        progress.say(f"dynamic: {len(grid)} fixed weights on {len(data)} validation prompts")
-        values = values_of_fixed(setting, data, grid)
-        points = [
-            FixedPoint(dict(zip(names, weights, strict=True)), float(mean))
-            for weights, mean in zip(grid.tolist(), values.mean(1), strict=True)
-        ]
-        weights, value = best_of(grid, values)
-        best = FixedPoint(dict(zip(names, weights, strict=True)), value)
-        shown = ", ".join(f"{name} {weight:.2f}" for name, weight in best.weights.items())
-        progress.say(f"dynamic: best fixed weights {shown}, value {value:.3f}")
-        return FixedResult(best, points)
-
-    return Stage("dynamic/fixed", FixedResult, lambda experiment: None, _FIXED, work)
-
-
-def _agent_stage(setting: "Setting", kind: AgentKind, fixed: list[float]) -> Stage[AgentResult]:
-    def work(materials: Materials, run: Run, progress: Progress) -> AgentResult:
-        from emorl.dynamic.agents.training import train_agent
-
-        return train_agent(setting, kind, fixed, run.path, progress)
-
-    return Stage(f"dynamic/{kind}", AgentResult, lambda experiment: None, _AGENT, work, is_enough)
+    decoding = decoding_of(experiment.generation, experiment.seed)
+    engine = load_engine(models, materials.base if models.share_base else None)
+    return Setting(engine, models, splits, value, decoding, experiment.dynamic, experiment.seed)
 
 
 STAGE = Stage("dynamic/comparison", DynamicResult, check, _COMPARISON, work, is_enough)

@@ -29,7 +29,7 @@ from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble
 from emorl.dynamic.models import check_together
 from emorl.dynamic.rivals import best_of, paired_gain, weight_grid
 from emorl.policies.base import load_base
-from emorl.runs.results import FixedResult, read_result
+from emorl.runs.results import FixedPoint, FixedResult, read_result
 from emorl.stages.dynamic import models_of, read_dynamic
 from emorl.stages.stage import perform
 
@@ -176,7 +176,8 @@ def test_the_grid_has_single_models_first_and_each_point_once() -> None:
     assert len(grid) == 16
     assert len(grid.unique(dim=0)) == 16
     assert torch.allclose(grid.sum(1), torch.ones(16))
-    assert best_of(grid[:3], [[0, 1], [1, 1], [1, 1]]) == ([0, 1, 0], 1.0)
+    tried = [FixedPoint({"a": a}, value) for a, value in ((1.0, 0.5), (0.5, 1.0), (0.0, 1.0))]
+    assert best_of(tried) == FixedPoint({"a": 0.5}, 1.0)  # the first of equals
 
 
 def test_wrong_settings_are_refused_in_one_line(folder: Path, tiny_base_dir: Path) -> None:
