@@ -187,6 +187,9 @@ def test_wrong_settings_are_refused_in_one_line(folder: Path, tiny_base_dir: Pat
     mixed = replace(experiment, dynamic=replace(experiment.dynamic, models={"a": str(folder / "a"), "c": str(tiny_base_dir)}))
     with pytest.raises(UserError, match="give adapters only, or whole models only"):
         check_together(models_of(mixed))
+    loaded = replace(experiment, base=replace(experiment.base, model=load_base(experiment.base).model))
+    with pytest.raises(UserError, match="refers to its base and tokenizer"):
+        perform("dynamic", loaded)
     with pytest.raises(UserError, match="no dynamic ensemble"):
         DynamicEnsemble.from_pretrained(folder)
     with pytest.raises(UserError, match=r"expected at least 1 token or 'turn'"):
