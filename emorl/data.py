@@ -53,9 +53,7 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
             )
         parts[name], rest = rest.select(range(size)), rest.select(range(size, len(rest)))
     if len(rest) == 0:
-        raise UserError(
-            f"{_named(config.path)}: every prompt of it is in the validation or test file; none is left to train on"
-        )
+        raise UserError(f"{_named(config.path)}: every prompt is in the validation or test file too; none is left to train on")
     parts["train"] = rest
     return Splits(**{name: _render_column(part, config, conversational) for name, part in parts.items()})
 

@@ -5,14 +5,14 @@
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
 from safetensors.torch import load_file, save_file
 
+from emorl.aggregation.saved import located, reference_to
 from emorl.config import UserError
 from emorl.config.dynamic import AgentConfig
 from emorl.config.experiment import BaseConfig
@@ -24,12 +24,11 @@ from emorl.dynamic.engines.stacked import StackedEngine
 from emorl.dynamic.models import Models
 from emorl.dynamic.rollout import Answer, Rollout, Span, Turns, write
 from emorl.policies.prompts import is_chat
-from emorl.runs.layout import ENSEMBLE, RESULT
-from emorl.runs.results import AgentResult, read_result
 from emorl.runs.run import read_json, written_whole_directory
 
 AGENT_FILE, DYNAMIC_FILE = "agent.safetensors", "dynamic.json"
 _BATCH = 64
+_BASE_PLACES, _AGENT_PLACES = ("model", "tokenizer"), ("encoder",)
 
 
 class DynamicEnsemble:
@@ -112,20 +111,19 @@ class DynamicEnsemble:
         return [*system, {"role": "user", "content": prompt}]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `agent.safetensors` and `dynamic.json`, which refers to the models (local ones by paths relative to the
-        directory): whole, or not at all."""
+        """Writes `agent.safetensors` and `dynamic.json`, which refers to the models: whole, or not at all."""
         if not isinstance(self.chooser, SpanAgent) or self.models is None:
             raise ValueError("Only an ensemble with a SpanAgent and references to its models can be saved.")
         directory = Path(directory).resolve()
         directory.parent.mkdir(parents=True, exist_ok=True)
-        models, encoder = self.models, self.chooser.config.encoder
+        models = self.models
         content = {
             "kind": self.chooser.kind,
-            "models": {name: _relative(place, directory) for name, place in models.places.items()},
-            "base": asdict(_with_places(models.base, lambda place: _relative(place, directory))),
+            "models": {name: reference_to(place, directory) for name, place in models.places.items()},
+            "base": _with_references(models.base, _BASE_PLACES, directory),
             "vocabulary": models.vocabulary,
             "top_k": models.top_k,
-            "agent": {**asdict(self.chooser.config), "encoder": encoder and _relative(encoder, directory)},
+            "agent": _with_references(self.chooser.config, _AGENT_PLACES, directory),
             "system_prompt": models.system_prompt,
             "span": self.span,
             "turns": self.turns,
@@ -147,40 +145,23 @@ class DynamicEnsemble:
             raise UserError(f"{directory} holds no dynamic ensemble (no {DYNAMIC_FILE} in it); run `emorl dynamic` first")
         content = read_json(directory / DYNAMIC_FILE)
         models = Models(
-            {name: _located(place, directory) for name, place in content["models"].items()},
-            _with_places(BaseConfig(**content["base"]), lambda place: _located(place, directory)),
+            {name: located(reference, directory, f"model {name}") for name, reference in content["models"].items()},
+            BaseConfig(**_with_places(content["base"], _BASE_PLACES, directory)),
             content["vocabulary"],
             content["top_k"],
             content["system_prompt"],
         )
-        engine, encoder = load_engine(models), content["agent"]["encoder"]
-        config = AgentConfig(**{**content["agent"], "encoder": encoder and _located(encoder, directory)})
+        engine = load_engine(models)
+        config = AgentConfig(**_with_places(content["agent"], _AGENT_PLACES, directory))
         agent = SpanAgent(content["kind"], len(models.places), engine.state_width, config).to(engine.device)
         agent.load_trained(load_file(directory / AGENT_FILE))
         decoding = Decoding(**content["decoding"])
         return cls(engine, agent, decoding, span=content["span"], turns=content["turns"], models=models)
 
 
-def best_ensemble(folder: Path) -> Path | None:
-    """Directory of the trained ensemble that was best on the validation prompts, in the folder of `emorl dynamic`; None before
-    there is one."""
-    runs = [file.parent for file in sorted(folder.glob(f"*/{RESULT}")) if (file.parent / ENSEMBLE).is_dir()]
-    best = max(runs, key=lambda run: read_result(AgentResult, run).validation, default=None)
-    return None if best is None else best / ENSEMBLE
+def _with_references(block: BaseConfig | AgentConfig, places: Sequence[str], directory: Path) -> dict[str, Any]:
+    return {**asdict(block), **{key: reference_to(getattr(block, key) or "", directory) for key in places}}
 
 
-def _with_places(base: BaseConfig, moved: Callable[[str], str]) -> BaseConfig:
-    return replace(base, model=moved(base.model), tokenizer=base.tokenizer and moved(base.tokenizer))
-
-
-def _relative(place: str, directory: Path) -> str:
-    return f"./{os.path.relpath(Path(place).resolve(), directory)}" if Path(place).is_dir() else place
-
-
-def _located(place: str, directory: Path) -> str:
-    if not place.startswith("./"):
-        return place
-    path = (directory / place).resolve()
-    if not path.is_dir():
-        raise UserError(f"{directory / DYNAMIC_FILE} refers to {path}, which has gone; put it back or correct it")
-    return str(path)
+def _with_places(content: Mapping[str, Any], places: Sequence[str], directory: Path) -> dict[str, Any]:
+    return {**content, **{key: content[key] and located(content[key], directory, key) for key in places}}

@@ -1,4 +1,4 @@
-"""Compared systems: which points of a front stand for it, each one's table of scored completions, and what they add up to."""
+"""Compared systems: each one's table of scored completions, and what they add up to."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -17,7 +16,7 @@ from emorl.config.experiment import EvaluateConfig
 from emorl.evaluation.pareto import front, hypervolume, reference_point
 from emorl.evaluation.scoring import Evaluation, cost_of, evaluate, summarize
 from emorl.objectives.loading import Objective
-from emorl.runs.results import Kind, Point, System
+from emorl.runs.results import Kind, System
 
 OFFERS = {
     "base": [Kind.BASE],
@@ -26,24 +25,6 @@ OFFERS = {
     "ensemble": [Kind.POLICY, Kind.ENSEMBLE, Kind.FRONT],  # one-hot weights are the policies alone
 }
 """what offers trade-offs -> the systems whose hypervolume that is"""
-
-
-def chosen_points(points: Sequence[Point], most: int) -> list[Point]:
-    """At most `most` points of a front: the best of each objective, then always the one farthest from those chosen."""
-    objectives = list(points[0].scores)
-    return [points[index] for index in spread([[point.scores[name] for name in objectives] for point in points], most)]
-
-
-def spread(scores: Sequence[Sequence[float]], most: int) -> list[int]:
-    """Indices of at most `most` points with scores (N, O), as `chosen_points` chooses them."""
-    points = np.array(scores)  # (N, O)
-    scaled = (points - points.min(0)) / np.maximum(points.max(0) - points.min(0), 1e-12)
-    chosen = list(dict.fromkeys(int(index) for index in points.argmax(0)))[:most]
-    while len(chosen) < min(most, len(points)):
-        distance = np.linalg.norm(scaled[:, None] - scaled[chosen][None], axis=-1).min(1)  # (N,)
-        distance[chosen] = -1
-        chosen.append(int(distance.argmax()))
-    return sorted(chosen, key=lambda index: tuple(-points[index]))
 
 
 def table_file(name: str, weights: Mapping[str, float], samples: int) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from emorl.config import UserError
+from emorl.runs.layout import COST, MANIFEST
 
 _PACKAGES = ("emorl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "optuna")
 
@@ -51,7 +52,7 @@ class Run:
 
     @property
     def cost_path(self) -> Path:
-        return self.path / "cost.json"
+        return self.path / COST
 
     def add_cost(self, cost: Cost) -> "Run":
         """The run with `cost` added, on disk too: what was spent before a kill stays counted."""
@@ -76,7 +77,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
     Raises:
         UserError: `path` holds a run with another config, or a damaged one.
     """
-    manifest_path = path / "run.json"
+    manifest_path = path / MANIFEST
     config = json.loads(json.dumps(config))
     if not manifest_path.exists() or not _holds_work(path):
         if is_main:
@@ -90,16 +91,16 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
         raise UserError(
             f"{path} holds a run with other settings ({changed}); give another `output`, or move that directory away"
         )
-    cost_path = path / "cost.json"
+    cost_path = path / COST
     cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()
     return Run(path, stage, config, bool(manifest.get("finished")), cost, is_main)
 
 
 def _holds_work(path: Path) -> bool:
     """Whether a run got further than its start; one that failed at once, on a wrong setting say, may be started anew."""
-    if read_json(path / "run.json").get("finished"):
+    if read_json(path / MANIFEST).get("finished"):
         return True
-    return any(file.is_file() and file.name not in ("run.json", ".lock") for file in path.rglob("*"))
+    return any(file.is_file() and file.name not in (MANIFEST, ".lock") for file in path.rglob("*"))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -118,7 +119,7 @@ def _write_manifest(path: Path, stage: str, config: Mapping[str, Any], *, finish
         "versions": {name: version(name) for name in _PACKAGES},
         "config": config,
     }
-    write_json(path / "run.json", manifest)
+    write_json(path / MANIFEST, manifest)
 
 
 @contextmanager

@@ -21,7 +21,17 @@ from emorl.config.experiment import Experiment
 from emorl.runs.console import Console
 from emorl.runs.layout import ATTACKS, COMPLETIONS, SUMMARY, Layout
 from emorl.runs.progress import Progress
-from emorl.runs.results import BASE, BEST, EvaluationResult, Kind, SearchResult, System, read_result, without_nan
+from emorl.runs.results import (
+    BASE,
+    BEST,
+    EvaluationResult,
+    Kind,
+    SearchResult,
+    System,
+    best_dynamic_ensemble,
+    read_result,
+    without_nan,
+)
 from emorl.runs.run import Cost, Run, read_json, write_json, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
@@ -46,15 +56,14 @@ def check(experiment: Experiment) -> None:
 
 def systems_of(experiment: Experiment) -> list[System]:
     """What is compared, once a search has ended."""
-    from emorl.dynamic.ensemble import best_ensemble
-    from emorl.evaluation.systems import chosen_points
+    from emorl.evaluation.pareto import chosen_points
 
     layout, objectives = Layout(experiment.output), list(experiment.objectives)
     search = read_result(SearchResult, layout.search)
     equal = {name: 1 / len(objectives) for name in objectives}
     points = chosen_points(search.front, experiment.evaluate.front_points)
     alone = {name: {other: float(other == name) for other in objectives} for name in objectives}
-    has_dynamic = best_ensemble(layout.dynamic) is not None
+    has_dynamic = best_dynamic_ensemble(layout) is not None
     return [
         System(BASE, Kind.BASE, {}),
         *(System(f"policy {name}", Kind.POLICY, weights) for name, weights in alone.items()),
@@ -143,11 +152,11 @@ def _evaluate_dynamic(experiment: Experiment, data: Any, objectives: Sequence[An
     """As it was trained; the last answer to each prompt."""
     import pandas as pd
 
-    from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble
+    from emorl.dynamic.ensemble import DynamicEnsemble
     from emorl.evaluation.scoring import Evaluation, cost_of, score
     from emorl.policies.conversation import prompt_text
 
-    folder = best_ensemble(Layout(experiment.output).dynamic)
+    folder = best_dynamic_ensemble(Layout(experiment.output))
     assert folder is not None, "it is one of the systems"
     start, ensemble, prompts = time.perf_counter(), DynamicEnsemble.from_pretrained(folder), list(data["prompt"])
     rows = [

@@ -1,5 +1,5 @@
-"""Fuse stage: the trained policies become one policy (`emorl fuse experiment.yaml`), with given settings or searched ones; or whole
-checkpoints become one, tensor by tensor on disk (`emorl fuse FILE`).
+"""Fuse stage: the trained policies become one policy (`emorl fuse experiment.yaml`), with given settings or searched ones; or
+whole checkpoints become one, tensor by tensor on disk (`emorl fuse FILE`).
 
 Searched are settings for the whole model (RL-Fusion's Q-learning, Appl. Sci. 2025, 15(4), 2186, or Optuna's samplers), or what
 counts in each layer (RMM's PPO, arXiv 2503.21272, or coordinate descent). The search's best score is a maximum over noisy

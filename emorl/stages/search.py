@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from emorl.config import UserError
 from emorl.config.experiment import Experiment
 from emorl.runs.console import Console
-from emorl.runs.layout import JOURNAL, SCORES, TRIALS
+from emorl.runs.layout import ENSEMBLE, JOURNAL, SCORES, TRIALS
 from emorl.runs.progress import Progress
 from emorl.runs.results import Point, SearchResult, as_json
 from emorl.runs.run import Run, written_whole
@@ -60,9 +60,11 @@ def generation_of(experiment: Experiment) -> dict[str, Any]:
 
 def is_enough(experiment: Experiment, result: SearchResult) -> bool:
     """Whether no larger budget is left."""
+    if result.ended_by_budget is None:
+        return True
     from emorl.search.weights import budget_of
 
-    return result.ended_by_budget in (None, asdict(budget_of(experiment.search)))
+    return result.ended_by_budget == asdict(budget_of(experiment.search))
 
 
 def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
@@ -116,8 +118,8 @@ def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
         progress.say(f"search: ended by its budget after {len(finished)} candidates; a larger one continues it")
     table = _write_trials(run, experiment, space.policies, finished, of_trials(finished))
     result = _result(experiment, chosen_proposer(config), space.policies, table, asdict(budget) if is_spent else None)
-    # mixture.weights = result.best.weights
-    # mixture.save_pretrained(run.path / ENSEMBLE, tokenizer=materials.base.tokenizer, front=as_json(result)["front"])
+    mixture.weights = result.best.weights
+    mixture.save_pretrained(run.path / ENSEMBLE, tokenizer=materials.base.tokenizer, front=as_json(result)["front"])
     run.with_cost(total_cost(finished))
     return result
 

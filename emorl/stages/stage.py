@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from emorl.config import UserError, nearest
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import as_mapping, to_yaml
-from emorl.runs.layout import RESULT, Layout
+from emorl.runs.layout import MANIFEST, RESULT, Layout
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import read_result, write_result
 from emorl.runs.run import Run, only_process, open_run, write_text
@@ -68,6 +68,10 @@ def perform(
     progress, materials = progress or Silent(), materials or Materials(experiment)
     if isinstance(stage, str):
         return _module(stage).performed(experiment, progress, materials)
+    result = finished(stage, experiment)
+    if result is not None:
+        progress.say(f"{stage.name}: finished before, in {Layout(experiment.output).stage(stage.name)}")
+        return result
     stage.check(experiment)
 
     def work(run: Run) -> Result:
@@ -77,16 +81,36 @@ def perform(
             progress.warn(line)
         return stage.work(materials, run, progress)
 
-    return work_once(
-        Layout(experiment.output).stage(stage.name),
-        stage.name,
-        identity(experiment, stage.depends_on),
-        stage.result,
-        work,
-        progress,
-        is_enough=lambda result: stage.is_enough(experiment, result),
-        is_shared=stage.is_shared,
-    )
+    config, folder = identity(experiment, stage.depends_on), Layout(experiment.output).stage(stage.name)
+    with only_process(folder) if is_main_process() and not stage.is_shared else nullcontext():
+        return work_on(open_run(folder, stage.name, config, is_main_process()), work)
+
+
+def finished(stage: Stage[Result], experiment: Experiment) -> Result | None:
+    """The result of a stage that is finished, and enough for what the experiment asks; else None. Waits for no library.
+
+    Raises:
+        UserError: the run directory holds another run.
+    """
+    folder = Layout(experiment.output).stage(stage.name)
+    result = finished_run(folder, stage.name, identity(experiment, stage.depends_on), stage.result)
+    return result if result is not None and stage.is_enough(experiment, result) else None
+
+
+def finished_run(folder: Path, name: str, config: Mapping[str, Any], kind: type[Result]) -> Result | None:
+    """The result of a finished run directory, None where there is none; `config` is what makes the run this one."""
+    if not (folder / MANIFEST).exists() or not (folder / RESULT).exists():
+        return None
+    return read_result(kind, folder) if open_run(folder, name, config, is_main=False).finished else None
+
+
+def work_on(run: Run, work: Callable[[Run], Result]) -> Result:
+    """Works on an open run, writes its result and finishes it."""
+    result = work(run)
+    if run.is_main:
+        write_result(run.path, result)
+        run.finish()
+    return result
 
 
 def work_once(
@@ -96,29 +120,19 @@ def work_once(
     kind: type[Result],
     work: Callable[[Run], Result],
     progress: Progress,
-    *,
-    is_enough: Callable[[Result], bool] = lambda result: True,
-    is_shared: bool = False,
 ) -> Result:
-    """The result of a run directory: read where it is finished and enough, else worked for, written and finished.
+    """The result of a run directory that is no experiment's: read where it is finished, else worked for.
 
     Args:
         config: what makes the run this one and no other.
         kind: of the result.
     """
-    is_main = is_main_process()
-    with only_process(folder) if is_main and not is_shared else nullcontext():
-        run = open_run(folder, name, config, is_main)
-        if run.finished and (folder / RESULT).exists():
-            result = read_result(kind, folder)
-            if is_enough(result):
-                progress.say(f"{name}: finished before, in {folder}")
-                return result
-        result = work(run)
-        if is_main:
-            write_result(folder, result)
-            run.finish()
-    return result
+    with only_process(folder):
+        result = finished_run(folder, name, config, kind)
+        if result is not None:
+            progress.say(f"{name}: finished before, in {folder}")
+            return result
+        return work_on(open_run(folder, name, config), work)
 
 
 def is_main_process() -> bool:

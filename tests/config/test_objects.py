@@ -3,8 +3,8 @@ import functools
 import pytest
 
 from emorl.config import UserError
-from emorl.config.objects import callable_name, shown_name
 from emorl.config.experiment import Experiment, ObjectiveConfig
+from emorl.config.objects import callable_name, shown_name
 from emorl.config.yaml import as_mapping, parse
 
 BLOCKS = {"output": "o", "base": {"model": "m"}, "data": {"path": "p"}}

@@ -15,6 +15,7 @@ from emorl.fusion.operators import (
     OPERATORS,
     Fusion,
     check_fusion,
+    coefficients_of,
     fuse_tensor,
     methods_markdown,
 )
@@ -225,7 +226,9 @@ def test_a_method_is_applied_checked_and_documented_by_being_listed(monkeypatch)
     tensors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])]
     torch.testing.assert_close(fuse("powers", tensors, [1, 2]), torch.tensor([13.0, 6.0]))
     torch.testing.assert_close(fuse("powers", tensors, [1, 2], power=3.0), torch.tensor([25.0, 10.0]))
+    assert coefficients_of(Fusion("powers", (1, 2)), lambda: torch.eye(2)) == [1.0, 4.0]  # what adapters go by
     assert fuse("largest", tensors, [1, 1], torch.zeros(2)).tolist() == [3.0, 2.0]
+    assert coefficients_of(Fusion("largest", (1, 2)), lambda: torch.eye(2)) is None
     with pytest.raises(UserError, match=r"powers: power is the exponent of the weights, at least 1; got 0"):
         check_fusion(Fusion("powers", (1, 1), {"power": 0}), 2, has_base=False)
     assert "## powers\n\nBy powers.\n" in methods_markdown()

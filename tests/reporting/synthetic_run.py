@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from emorl.reporting.comparison import System, indicators, summary_table
 
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import as_mapping, parse, to_yaml
 from emorl.evaluation.hacking import Attack, Correlation, Honest, ObjectiveCheck, sameness
-from emorl.reporting.comparison import System, indicators, summary_table
 from emorl.reporting.results import without_nan
 from emorl.runs.run import Cost, open_run, write_json, write_text
 from emorl.search.study import Finished

@@ -1,9 +1,9 @@
 import pytest
 from datasets import Dataset
+from emorl.reporting.attacks import scores_of_rows
 
 from emorl.config import UserError
 from emorl.objectives.loading import Objective
-from emorl.reporting.attacks import scores_of_rows
 
 
 def test_an_objective_that_breaks_on_an_attack_is_named():

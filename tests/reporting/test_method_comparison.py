@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from emorl.reporting.methods import method_runs
 
 from emorl.cli import main
 from emorl.config.experiment import load_experiment
 from emorl.evaluation.pareto import hypervolume
 from emorl.reporting.method_tables import method_tables
-from emorl.reporting.methods import method_runs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL and PEFT use names that transformers 5.23 has renamed

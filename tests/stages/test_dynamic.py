@@ -25,11 +25,12 @@ from emorl.dynamic.agents import ppo
 from emorl.dynamic.agents.observation import FixedWeights
 from emorl.dynamic.engines import loading
 from emorl.dynamic.engines.engine import decoding_of
-from emorl.dynamic.ensemble import DynamicEnsemble, best_ensemble
+from emorl.dynamic.ensemble import DynamicEnsemble
 from emorl.dynamic.models import check_together
 from emorl.dynamic.rivals import best_of, paired_gain, weight_grid
 from emorl.policies.base import load_base
-from emorl.runs.results import FixedPoint, FixedResult, read_result
+from emorl.runs.layout import Layout
+from emorl.runs.results import FixedPoint, FixedResult, best_dynamic_ensemble, read_result
 from emorl.stages.dynamic import models_of, read_dynamic
 from emorl.stages.stage import perform
 
@@ -105,7 +106,7 @@ def test_answers_are_kept_with_their_weights(finished: Experiment) -> None:
 
 
 def test_a_saved_ensemble_answers_as_before_also_where_it_was_moved(finished: Experiment, tmp_path: Path) -> None:
-    directory = best_ensemble(finished.output / "dynamic")
+    directory = best_dynamic_ensemble(Layout(finished.output))
     assert directory is not None
     prompts = ["Tell me a story.", "And now?"]
     first = DynamicEnsemble.from_pretrained(directory)
@@ -151,7 +152,7 @@ def test_an_interrupted_training_goes_on_to_the_same_agent(
 def test_the_command_line_trains_and_answers(finished: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["dynamic", str(folder / "experiment.yaml")]) == 0
     assert "| RLAE-PPO | 4 |" in capsys.readouterr().out
-    assert cli.main(["generate", str(best_ensemble(finished.output / "dynamic")), "--json", "--prompt", "Hello"]) == 0
+    assert cli.main(["generate", str(best_dynamic_ensemble(Layout(finished.output))), "--json", "--prompt", "Hello"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert set(said) == {"prompt", "completion", "tokens", "weights"}
     assert set(said["weights"][0]) == {"a", "b"}
@@ -187,9 +188,9 @@ def test_wrong_settings_are_refused_in_one_line(folder: Path, tiny_base_dir: Pat
     mixed = replace(experiment, dynamic=replace(experiment.dynamic, models={"a": str(folder / "a"), "c": str(tiny_base_dir)}))
     with pytest.raises(UserError, match="give adapters only, or whole models only"):
         check_together(models_of(mixed))
-    loaded = replace(experiment, base=replace(experiment.base, model=load_base(experiment.base).model))
+    base = replace(experiment.base, model=load_base(experiment.base).model)
     with pytest.raises(UserError, match="refers to its base and tokenizer"):
-        perform("dynamic", loaded)
+        perform("dynamic", replace(experiment, output=folder / "x", base=base))
     with pytest.raises(UserError, match="no dynamic ensemble"):
         DynamicEnsemble.from_pretrained(folder)
     with pytest.raises(UserError, match=r"expected at least 1 token or 'turn'"):
@@ -199,7 +200,7 @@ def test_wrong_settings_are_refused_in_one_line(folder: Path, tiny_base_dir: Pat
 
 
 def test_an_ensemble_of_fixed_weights_cannot_be_saved(finished: Experiment, tmp_path: Path) -> None:
-    directory = best_ensemble(finished.output / "dynamic")
+    directory = best_dynamic_ensemble(Layout(finished.output))
     assert directory is not None
     loaded = DynamicEnsemble.from_pretrained(directory)
     fixed = DynamicEnsemble(loaded.engine, FixedWeights(torch.tensor([0.5, 0.5])), loaded.decoding, models=loaded.models)
@@ -216,7 +217,7 @@ def test_whole_models_with_tokenizers_of_their_own_write_together(folder: Path, 
     perform("dynamic", load_experiment(folder / "experiment.yaml", [f"output={tmp_path}/run", models, *few]))
     systems = {system.name: system for system in read_dynamic(tmp_path / "run").systems}
     assert systems["one alone"].value == systems["two alone"].value == systems["equal weights"].value
-    directory = best_ensemble(tmp_path / "run" / "dynamic")
+    directory = best_dynamic_ensemble(Layout(tmp_path / "run"))
     assert directory is not None
     assert DynamicEnsemble.from_pretrained(directory).engine.names == ("one", "two")
 
@@ -277,7 +278,7 @@ def test_evaluate_and_generate_take_a_run_without_a_search(
 
 
 def test_the_system_prompt_of_the_training_is_asked_with(finished: Experiment, tmp_path: Path) -> None:
-    directory = best_ensemble(finished.output / "dynamic")
+    directory = best_dynamic_ensemble(Layout(finished.output))
     assert directory is not None
     ensemble = DynamicEnsemble.from_pretrained(directory)
     assert ensemble.as_prompt("Hi") == [{"role": "user", "content": "Hi"}]
@@ -291,7 +292,7 @@ def test_the_system_prompt_of_the_training_is_asked_with(finished: Experiment, t
 
 
 def test_a_text_is_one_user_turn_of_a_chat_model_and_is_answered(finished: Experiment) -> None:
-    directory = best_ensemble(finished.output / "dynamic")
+    directory = best_dynamic_ensemble(Layout(finished.output))
     assert directory is not None
     ensemble = DynamicEnsemble.from_pretrained(directory)
     turn = [{"role": "user", "content": "I cannot sleep."}]

@@ -17,10 +17,10 @@ from emorl.config.reward import RewardDataConfig, RewardExperiment, load_reward_
 from emorl.config.yaml import to_yaml
 from emorl.evaluation.agreement import auc, calibration_error, ordered_share, rank_correlation
 from emorl.objectives.models.classifier import Classifier
-from emorl.training.reward.calibration import calibrate, calibrated_loss
-from emorl.training.reward.data import compared, load_graded
 from emorl.runs.results import RewardResult, read_result
 from emorl.stages.train_reward import train_reward
+from emorl.training.reward.calibration import calibrate, calibrated_loss
+from emorl.training.reward.data import compared, load_graded
 from emorl.training.reward.model import margin_loss
 
 pytestmark = [

@@ -10,8 +10,8 @@ from emorl.config.experiment import BaseConfig, DataConfig, Experiment, Objectiv
 from emorl.config.reward import RefreshExperiment, RewardDataConfig, RewardExperiment
 from emorl.config.yaml import to_yaml
 from emorl.reporting.reward_tables import refresh_table
-from emorl.training.reward.data import load_graded
 from emorl.stages.refresh_reward import refresh
+from emorl.training.reward.data import load_graded
 from emorl.training.reward.refresh import MISMATCHED, REPEATED, negatives
 
 pytestmark = [

@@ -25,10 +25,11 @@ from emorl.fusion.operators import OPERATORS, Fusion
 from emorl.objectives.loading import load_objective
 from emorl.policies.adapters import read_adapter
 from emorl.policies.base import load_base
-from emorl.search import fusion_search
-from emorl.search.fusion_result import read_fusion
-from emorl.search.fusion_search import fuse_policies
+from emorl.runs.layout import Layout
+from emorl.runs.results import FusionResult, read_result
+from emorl.search.fusion_evaluation import FusionEvaluator
 from emorl.search.study import finished_trials, open_study
+from emorl.stages.stage import perform
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -62,6 +63,16 @@ def experiment(tmp_path, tiny_base_dir, make_causal_model, write_adapter):
     )
 
 
+def fuse_policies(experiment):
+    """The fusion's run directory."""
+    perform("fuse", experiment)
+    return experiment.output / "fuse"
+
+
+def read_fusion(experiment):
+    return read_result(FusionResult, experiment.output / "fuse")
+
+
 def with_fuse(experiment, **settings):
     return replace(experiment, fuse=PolicyFuseConfig(**settings))
 
@@ -72,19 +83,19 @@ def test_what_was_searched_is_what_is_written(experiment, proposer):
     run = fuse_policies(searched)
     result = read_fusion(searched)
     table = pd.read_csv(run / "trials.csv")
-    assert len(table) == result["trials"] == 8
-    assert result["value"] == pytest.approx(table["value"].max())
+    assert len(table) == result.trials == 8
+    assert result.value == pytest.approx(table["value"].max())
     base = load_base(searched.base)
     policy = PeftModel.from_pretrained(base.model, str(run / "policy")).eval()
     data = load_prompts(searched.data, searched.seed, True).validation
     objectives = [load_objective(name, config) for name, config in searched.objectives.items()]
     found = evaluate(policy, base.tokenizer, data, objectives, searched.generation).table
-    for name, score in result["scores"].items():
+    for name, score in result.scores.items():
         assert found[name].mean() == pytest.approx(score, abs=1e-6)
     card = (run / "policy" / "README.md").read_text()
-    assert f"Chosen by {proposer} among 8 candidates, for a value of {result['value']:.3f} on the validation prompts" in card
-    assert f"On the test prompts, which the search did not see: e {result['test']['e']:.3f}, a " in card
-    if "layers" in result:
+    assert f"Chosen by {proposer} among 8 candidates, for a value of {result.value:.3f} on the validation prompts" in card
+    assert f"On the test prompts, which the search did not see: e {result.test['e']:.3f}, a " in card
+    if result.layers:
         assert set(", ".join(table["plan"]).split(", ")) <= {
             f"{n}{name}" for n in ("", "2 x ") for name in ("e", "a", "slerp", "ties")
         }
@@ -96,13 +107,13 @@ def test_an_interrupted_search_goes_on_and_a_finished_one_is_left(experiment):
     journal = (few.output / "fuse" / "journal.log").stat().st_size
     fuse_policies(few)
     assert (few.output / "fuse" / "journal.log").stat().st_size == journal
-    assert read_fusion(few)["test"].keys() == {"e", "a"}
+    assert read_fusion(few).test.keys() == {"e", "a"}
     other = replace(few, output=few.output.parent / "other", policies=few.output)
     fuse_policies(other)
     assert read_fusion(other) == read_fusion(few)
     more = with_fuse(experiment, proposer="q_learning", trials=8)
     fuse_policies(more)
-    assert read_fusion(more)["trials"] == 8
+    assert read_fusion(more).trials == 8
     with pytest.raises(UserError, match="other settings"):
         fuse_policies(with_fuse(experiment, proposer="random", trials=5))
 
@@ -125,10 +136,10 @@ def test_a_moving_evaluation_set_is_resumed_and_reports_its_holdout(experiment, 
     assert sets[0]["version"] == 0
     assert sets[-1]["version"] > 0
     assert len({sum(one["counts"]) for one in sets}) == 1
-    assert read_fusion(moving)["holdout"].keys() == read_fusion(moving)["holdout_errors"].keys() == {"e", "a"}
+    assert read_fusion(moving).holdout.keys() == read_fusion(moving).holdout_errors.keys() == {"e", "a"}
 
     stopped = replace(moving, output=moving.output.parent / "stopped", policies=moving.output)
-    answered, calls = fusion_search.FusionEvaluator._answered, []
+    answered, calls = FusionEvaluator._answered, []
 
     def interrupted(self, fusion, rows):
         calls.append(1)
@@ -137,7 +148,7 @@ def test_a_moving_evaluation_set_is_resumed_and_reports_its_holdout(experiment, 
         return answered(self, fusion, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fusion_search.FusionEvaluator, "_answered", interrupted)
+        patch.setattr(FusionEvaluator, "_answered", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fuse_policies(stopped)
     fuse_policies(stopped)
@@ -157,12 +168,12 @@ def test_given_settings_by_the_command_line(experiment, capsys, tmp_path):
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["method"], result["weights"]) == ("task_arithmetic", {"e": 1.0, "a": 0.0})
-    fused, original = read_adapter(result["policy"]), read_adapter(experiment.training_of("e") / "policy")
+    fused, original = read_adapter(result["policy"]), read_adapter(Layout(experiment.output).policy("e"))
     for name, (a, b) in original.factors.items():
         torch.testing.assert_close(fused.factors[name][0] @ fused.factors[name][1], a @ b)
 
 
-def test_a_finished_search_is_repeated_without_a_model_and_one_of_an_earlier_version_too(experiment, capsys, tmp_path):
+def test_a_finished_search_is_repeated_without_a_model(experiment, capsys, tmp_path):
     path = tmp_path / "experiment.yaml"
     path.write_text(to_yaml(with_fuse(experiment, proposer="coordinate_descent", trials=60)))
     assert main(["fuse", str(path), "--json"]) == 0
@@ -172,8 +183,6 @@ def test_a_finished_search_is_repeated_without_a_model_and_one_of_an_earlier_ver
     again = subprocess.run([sys.executable, "-c", command, "fuse", path, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(again.stdout) == first
     assert "finished before" in again.stderr
-    result = experiment.output / "fuse" / "result.json"
-    result.write_text(json.dumps({key: value for key, value in first.items() if key not in ("test", "policy", "budget")}))
     assert main(["fuse", str(path), f"fuse.trials={first['trials']}"]) == 0
     assert f"best of {first['trials']} by coordinate_descent" in capsys.readouterr().out
     assert main(["fuse", str(path), "seed=1"]) == 2
@@ -187,7 +196,7 @@ def test_the_fused_policy_answers_prompts(experiment, capsys, tmp_path):
     shutil.rmtree(experiment.output / "train" / "a")  # the fused policy needs none of those it was made of
     policy = experiment.output / "fuse" / "policy"
     answers = []
-    for folder in (experiment.output, policy, experiment.training_of("e") / "policy"):
+    for folder in (experiment.output, policy, Layout(experiment.output).policy("e")):
         capsys.readouterr()
         assert main(["generate", str(folder), "--prompt", "say yes 1", "--json"]) == 0
         answers.append(json.loads(capsys.readouterr().out))
