@@ -302,7 +302,7 @@ class Experiment:
     fuse: PolicyFuseConfig = Field(default_factory=PolicyFuseConfig)
     """`emorl fuse`: the policies' parameters become one policy"""
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
-    """`emorl dynamic`: a controller that sets the weights anew for every span of text"""
+    """`emorl dynamic`: an agent that sets the weights anew for every span of text"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | None = None
