@@ -74,11 +74,12 @@ class Layout:
             UserError: a policy has not been trained yet.
         """
         folders = {name: self.policy(name) for name in policies}
-        is_there = {name: any((folder / file).is_file() for file in (POLICY_CARD, ADAPTER)) for name, folder in folders.items()}
+        kinds = (POLICY_CARD, ADAPTER)
+        is_there = {name: any((folder / file).is_file() for file in kinds) for name, folder in folders.items()}
         if missing := [name for name in policies if not is_there[name]]:
             raise UserError(
-                f"no trained policy for {', '.join(missing)} in {self.policies_output or self.output}; run `emorl train` first, "
-                "or give `policies`, the output of the experiment that trained them"
+                f"no trained policy for {', '.join(missing)} in {self.policies_output or self.output}; run `emorl train` "
+                "first, or give `policies`, the output of the experiment that trained them"
             )
         return folders
 
