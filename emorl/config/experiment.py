@@ -367,7 +367,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return parse(Experiment, content, str(path))
 
 
-def load_run(directory: Path) -> Experiment:
+def load_kept_experiment(directory: Path) -> Experiment:
     """The experiment whose stages have run in `directory` (its resolved copy there)."""
     resolved = directory / "experiment.yaml"
     if not resolved.is_file():

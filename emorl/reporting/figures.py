@@ -11,24 +11,25 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from emorl.evaluation.pareto import front
+from emorl.runs.results import BEST, Kind
 
 ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#8A8A8A"
 _KINDS = {  # kind -> marker, colour, name in the legend
-    "front": ("circle", GREEN, "front, re-scored"),
-    "base": ("x", GREY, "base"),
-    "policy": ("square", ORANGE, "policies alone"),
-    "parameter_average": ("triangle-up", PURPLE, "parameter average"),
-    "ensemble": ("star", VERMILION, "ensembles"),
-    "dynamic": ("diamond", BLUE, "dynamic ensemble"),
+    Kind.FRONT: ("circle", GREEN, "front, re-scored"),
+    Kind.BASE: ("x", GREY, "base"),
+    Kind.POLICY: ("square", ORANGE, "policies alone"),
+    Kind.PARAMETER_AVERAGE: ("triangle-up", PURPLE, "parameter average"),
+    Kind.ENSEMBLE: ("star", VERMILION, "ensembles"),
+    Kind.DYNAMIC: ("diamond", BLUE, "dynamic ensemble"),
 }
 _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
-    "front": "top right",
-    "base": "bottom center",
-    "policy": "top center",
-    "parameter_average": "bottom center",
-    "ensemble": "middle left",
-    "dynamic": "bottom right",
-    "ensemble, best found": "top right",
+    Kind.FRONT: "top right",
+    Kind.BASE: "bottom center",
+    Kind.POLICY: "top center",
+    Kind.PARAMETER_AVERAGE: "bottom center",
+    Kind.ENSEMBLE: "middle left",
+    Kind.DYNAMIC: "bottom right",
+    BEST: "top right",
 }
 _VALUES = "Viridis"
 _GRID = "rgba(128,128,128,0.25)"
@@ -68,8 +69,8 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
 
 def _label(system: str, kind: str) -> str:
     """Short, so that neighbours stay legible: `policy short` -> `short`, `ensemble, best found` -> `best found`."""
-    names = {"policy": system.removeprefix("policy "), "ensemble": system.removeprefix("ensemble, ")}
-    names |= {"front": system.removeprefix("front "), "parameter_average": "average"}
+    names = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}
+    names |= {Kind.FRONT: system.removeprefix("front "), Kind.PARAMETER_AVERAGE: "average"}
     return names.get(kind, system)
 
 

@@ -243,9 +243,10 @@ def command(options: argparse.Namespace) -> None:
 
 def print_evaluation(output: Path, as_json: bool) -> None:
     """The finished evaluation as tables, or as JSON."""
-    from emorl.reporting.tables import comparison_json, print_comparison
+    from emorl.reporting.tables import evaluation_json
+    from emorl.reporting.tables import print_evaluation as print_tables
 
     if as_json:
-        print(json.dumps(comparison_json(output), indent=2))
+        print(json.dumps(evaluation_json(output), indent=2))
     else:
-        print_comparison(output)
+        print_tables(output)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emorl.config import UserError, nearest
-from emorl.config.experiment import BaseConfig, Experiment, load_run
+from emorl.config.experiment import BaseConfig, Experiment, load_kept_experiment
 from emorl.config.yaml import apply_overrides
 from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, EXPERIMENT, POLICY, Layout
 from emorl.runs.results import Point, SearchResult, best_dynamic_ensemble, read_result
@@ -110,7 +110,7 @@ def _dynamic_lines(directory: Path, prompts: Sequence[str], wish: Wish, as_json:
 
 def _of_front(directory: Path, wish: Wish) -> _Speaker:
     """The point of a search's front, or weights of the user's, over the experiment's policies."""
-    experiment = load_run(directory)
+    experiment = load_kept_experiment(directory)
     search = read_result(SearchResult, Layout(directory).search)
     point, described = _point(search, wish)
     shown = ", ".join(f"{name} {weight:.2f}" for name, weight in point.items())
@@ -146,7 +146,7 @@ def _of_policy(folder: Path, wish: Wish) -> _Speaker:
     from emorl.policies.base import load_base
 
     outputs = [above for above in folder.absolute().parents[1:3] if (above / EXPERIMENT).is_file()]
-    experiment = load_run(outputs[0]) if outputs else None
+    experiment = load_kept_experiment(outputs[0]) if outputs else None
     settings = {"generation": {**_DEFAULT_GENERATION, **wish.generation}}
     settings = settings if experiment is None else _settings(experiment, wish)
     described = {"policy": str(folder)}

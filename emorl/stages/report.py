@@ -13,9 +13,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> None:
-    from emorl.config.experiment import load_run
+    from emorl.config.experiment import load_kept_experiment
 
-    load_run(options.directory)  # a folder that is no run's is refused at once
+    load_kept_experiment(options.directory)  # a folder that is no run's is refused at once
     from emorl.reporting.report import write_report
 
     report = write_report(options.directory)

@@ -206,4 +206,4 @@ def command(options: argparse.Namespace) -> None:
         return
     from emorl.reporting.tables import print_front
 
-    print_front(as_json(result))
+    print_front(result)

@@ -122,6 +122,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> None:
     experiment = load(options)
     results = performed(experiment, Console(), Materials(experiment), options.objective)
-    if options.json and is_main_process():
+    if not is_main_process():
+        return
+    if options.json:
         shown = {name: {k: v for k, v in as_json(result).items() if k != "log"} for name, result in results.items()}
         print(json.dumps(shown, indent=2))
+        return
+    from emorl.reporting.tables import print_training
+
+    print_training(results)

@@ -165,10 +165,10 @@ def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experime
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         from pathlib import Path
-        from emorl.config.experiment import load_run
+        from emorl.config.experiment import load_kept_experiment
         from tests.training.trained import train
         import torch; torch.set_num_threads(1)
-        train(load_run(Path({str(tmp_path / "killed")!r})), "letters")
+        train(load_kept_experiment(Path({str(tmp_path / "killed")!r})), "letters")
         """
     )
     (tmp_path / "killed").mkdir()
