@@ -9,12 +9,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from emorl.reporting.comparison import System, indicators, summary_table
 
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import as_mapping, parse, to_yaml
 from emorl.evaluation.hacking import Attack, Correlation, Honest, ObjectiveCheck, sameness
-from emorl.reporting.results import without_nan
+from emorl.evaluation.systems import hypervolumes, summary_table
+from emorl.runs.results import (
+    BASE,
+    BEST,
+    EvaluationResult,
+    Kind,
+    Point,
+    SearchResult,
+    System,
+    TrainingResult,
+    without_nan,
+    write_result,
+)
 from emorl.runs.run import Cost, open_run, write_json, write_text
 from emorl.search.study import Finished
 from emorl.search.trials import trials_table
@@ -49,20 +60,26 @@ def _write_training(path: Path, name: str, *, collapsed: bool) -> None:
          "eval_words": 9.0}
         for index, share in enumerate(shares)
     ]  # fmt: skip
-    result = {
-        "objective": name,
-        "steps": 24,
-        "best_step": 24,
-        "stopped": "max_steps reached",
-        "base_reward": 0.2,
-        "reward": 0.65,
-        "base_distinct_share": 1.0,
-        "distinct_share": shares[-1],
-        "words": 9.0,
-        "collapsed": collapsed,
-        "log": [{"step": 1, "loss": 0.1}, *log],
-    }
-    write_json(path / "result.json", result)
+    result = TrainingResult(
+        objective=name,
+        reward_weights={name: 1.0},
+        prompts_per_step=8,
+        scores={name: 0.65},
+        kl=0.1,
+        scale="[0, 1]",
+        scores_outside_range=0,
+        steps=24,
+        best_step=24,
+        stopped="max_steps reached",
+        base_reward=0.2,
+        reward=0.65,
+        base_distinct_share=1.0,
+        distinct_share=shares[-1],
+        words=9.0,
+        collapsed=collapsed,
+        log=[{"step": 1, "loss": 0.1}, *log],
+    )
+    write_result(path, result)
     open_run(path, "train", {}).add_cost(Cost(100, 400, 8000, 400, 60.5)).finish()
 
 
@@ -86,19 +103,17 @@ def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float],
     path.mkdir(parents=True)
     table.to_csv(path / "trials.csv", index=False)
     points = [
-        {
-            "weights": {name: row[f"weight_{name}"] for name in objectives},
-            "scores": {name: row[f"score_{name}"] for name in objectives},
-            "value": row["value"],
-        }
+        Point(
+            {name: row[f"weight_{name}"] for name in objectives},
+            {name: row[f"score_{name}"] for name in objectives},
+            row["value"],
+        )
         for row in table[table["front"]].to_dict("records")
     ]
-    best = max(points, key=lambda point: point["value"])
-    result = {"proposer": "hierarchical_grid", "scalarize": "mean", "preferences": {}, "prompts": "validation",
-              "trials": len(finished), "best": best, "front": points}  # fmt: skip
-    write_json(path / "result.json", result)
+    best = max(points, key=lambda point: point.value)
+    write_result(path, SearchResult("hierarchical_grid", "mean", {}, len(finished), None, best, points))
     open_run(path, "search", {}).add_cost(Cost(32, 480, 9600, 1440, 30.25)).finish()
-    return best["weights"], [point["weights"] for point in points]
+    return dict(best.weights), [dict(point.weights) for point in points]
 
 
 def _write_comparison(
@@ -107,13 +122,13 @@ def _write_comparison(
     objectives, path = list(experiment.objectives), experiment.output / "evaluate"
     equal = {name: 1 / len(objectives) for name in objectives}
     systems = [
-        System("base", "base", {}),
-        *(System(f"policy {name}", "policy", {other: float(other == name) for other in objectives}) for name in objectives),
-        System("ensemble, equal weights", "ensemble", equal),
-        System("ensemble, best found", "ensemble", best),
-        System("parameter average, equal weights", "parameter_average", equal),
+        System(BASE, Kind.BASE, {}),
+        *(System(f"policy {name}", Kind.POLICY, {other: float(other == name) for other in objectives}) for name in objectives),
+        System("ensemble, equal weights", Kind.ENSEMBLE, equal),
+        System(BEST, Kind.ENSEMBLE, best),
+        System("parameter average, equal weights", Kind.PARAMETER_AVERAGE, equal),
         *(
-            System(f"front {number}", "front", weights)
+            System(f"front {number}", Kind.FRONT, weights)
             for number, weights in enumerate(front_weights[:: max(1, len(front_weights) // 6)], 1)
         ),
     ]
@@ -123,8 +138,7 @@ def _write_comparison(
     completions.to_parquet(path / "completions.parquet", index=False)
     summary = summary_table(systems, tables, objectives, experiment.train.collapse.share)
     summary.to_csv(path / "summary.csv", index=False)
-    result = {"objectives": objectives, "systems": [asdict(system) for system in systems]}
-    write_json(path / "result.json", {**result, **indicators(summary, objectives)})
+    write_result(path, EvaluationResult(objectives, systems, *hypervolumes(summary, objectives)))
     write_json(path / "hacking.json", without_nan(_hacking(completions, objectives, prompts)))
     config = as_mapping(experiment)
     open_run(path, "evaluate", config).add_cost(Cost(64, 256, 5120, 768, 12.5)).finish()
@@ -157,14 +171,14 @@ def _completions(system: System, objectives: Sequence[str], prompts: int) -> pd.
     """Scores vary by prompt alone, and so differ between systems by the same amount for every prompt but the first."""
     weights = [system.weights.get(name, 0.0) for name in objectives]
     scores = score_of(weights) if any(weights) else [0.15] * len(objectives)
-    if system.kind == "parameter_average":
+    if system.kind == Kind.PARAMETER_AVERAGE:
         scores = [score - 0.08 for score in scores]
     collapsed = system.name == f"policy {objectives[0]}"
     rows = []
     for index in range(prompts):
-        hostile = system.kind == "base" and index == 0
+        hostile = system.kind == Kind.BASE and index == 0
         answer = "You feel that you feel." if collapsed else f"You sound tired of waiting, {system.name} {index}."
-        shift = 0.1 * (index % 3) + (0.03 if index == 0 and system.kind == "policy" else 0.0)
+        shift = 0.1 * (index % 3) + (0.03 if index == 0 and system.kind == Kind.POLICY else 0.0)
         rows.append(
             {
                 "prompt_index": index,

@@ -1,8 +1,8 @@
 import pytest
 from datasets import Dataset
-from emorl.reporting.attacks import scores_of_rows
 
 from emorl.config import UserError
+from emorl.evaluation.attacks import scores_of_rows
 from emorl.objectives.loading import Objective
 
 
