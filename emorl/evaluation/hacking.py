@@ -131,7 +131,7 @@ class ObjectiveCheck:
     length_of_all: Correlation
 
 
-def check_objective(
+def attack_objective(
     objective: str, score: Score, completions: pd.DataFrame, references: References, base: str, seed: int
 ) -> ObjectiveCheck:
     """Attacks one objective; at most about 2000 scored pairs.

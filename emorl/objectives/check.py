@@ -73,7 +73,11 @@ class _Case:
     completion: Any
 
 
-def check_objective(objective: Objective, row: Mapping[str, Any]) -> CheckResult:
+_Outcome = list[float | None] | str
+"""raw scores of cases in one call, or its error in one line"""
+
+
+def check_edge_cases(objective: Objective, row: Mapping[str, Any]) -> CheckResult:
     """Scores all cases.
 
     Args:
@@ -83,18 +87,19 @@ def check_objective(objective: Objective, row: Mapping[str, Any]) -> CheckResult
     columns = {name: value for name, value in row.items() if name != "prompt"}
     cases = _cases(row["prompt"])
     alone = [_raw(objective, [case], columns) for case in cases]
-    whole = [case for case, found in zip(cases, alone, strict=True) if not isinstance(found, str)]
+    whole = [case for case, outcome in zip(cases, alone, strict=True) if not isinstance(outcome, str)]
     batch = _raw(objective, whole, columns) if whole else []
     batched = {} if isinstance(batch, str) else {case.name: score for case, score in zip(whole, batch, strict=True)}
     results = []
-    for case, found in zip(cases, alone, strict=True):
-        again = found if isinstance(found, str) else _raw(objective, [case], columns)
-        results.append(_judged(objective, case.name, found, again, batched))
+    for case, outcome in zip(cases, alone, strict=True):
+        again = outcome if isinstance(outcome, str) else _raw(objective, [case], columns)
+        results.append(_judged(objective, case.name, outcome, again, batched))
     if isinstance(batch, str):
         results.append(CaseResult(TOGETHER, None, None, (batch,)))
     other = _other_format(cases[0])
-    found = _raw(objective, [other], columns)
-    other_format = _judged(objective, other.name, found, found, {} if isinstance(alone[0], str) else {other.name: alone[0][0]})
+    outcome = _raw(objective, [other], columns)
+    normal = {} if isinstance(alone[0], str) else {other.name: alone[0][0]}
+    other_format = _judged(objective, other.name, outcome, outcome, normal)
     return CheckResult(objective.name, str(objective.scale), tuple(results), other_format, time.perf_counter() - start)
 
 
@@ -122,8 +127,7 @@ def _other_format(case: _Case) -> _Case:
     return _Case("as plain text", prompt_text(case.prompt), completion_text(case.completion))
 
 
-def _raw(objective: Objective, cases: Sequence[_Case], columns: Mapping[str, Any]) -> list[float | None] | str:
-    """Raw scores of cases in one call, or its error in one line."""
+def _raw(objective: Objective, cases: Sequence[_Case], columns: Mapping[str, Any]) -> _Outcome:
     values = {name: [value] * len(cases) for name, value in columns.items()}
     try:
         return objective.raw([case.prompt for case in cases], [case.completion for case in cases], **values)
@@ -133,24 +137,22 @@ def _raw(objective: Objective, cases: Sequence[_Case], columns: Mapping[str, Any
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _judged(
-    objective: Objective, name: str, found: list[float | None] | str, again: list[float | None] | str, others: Mapping[str, Any]
-) -> CaseResult:
+def _judged(objective: Objective, name: str, outcome: _Outcome, again: _Outcome, others: Mapping[str, Any]) -> CaseResult:
     """A case with its problems; `others` holds the scores from the batch."""
-    if isinstance(found, str):
-        return CaseResult(name, None, None, (found,))
-    (raw,) = found
+    if isinstance(outcome, str):
+        return CaseResult(name, None, None, (outcome,))
+    (raw,) = outcome
     problems = []
     if raw is not None and objective.scale.is_outside(raw):
         problems.append(f"raw score {raw:g} is outside the range {interval(objective.scale.range)}")
-    if again != found:
+    if again != outcome:
         problems.append(f"another score when asked again: {raw} and then {again if isinstance(again, str) else again[0]}")
     elif not _same(raw, others.get(name, raw), objective.batch_tolerance):
         problems.append(f"another score in a batch: {raw} alone, {others[name]} with others")
     return CaseResult(name, raw, None if raw is None else objective.scale.score(raw), tuple(problems))
 
 
-def _same(one: float | None, other: float | None, tolerance: float) -> bool:
-    if one is None or other is None:
-        return one is other
-    return math.isclose(one, other, rel_tol=0, abs_tol=tolerance)
+def _same(first: float | None, second: float | None, tolerance: float) -> bool:
+    if first is None or second is None:
+        return first is second
+    return math.isclose(first, second, rel_tol=0, abs_tol=tolerance)

@@ -58,7 +58,7 @@ def suite_of(texts: tuple[str, ...]) -> Suite:
         for place, statement in enumerate(statements, start=1):
             names |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
             group.append(statement)
-            if _holds(statement, ast.Assert) or (place == len(statements) and any(_holds(one, ast.Call) for one in group)):
+            if _holds(statement, ast.Assert) or (place == len(statements) and any(_holds(node, ast.Call) for node in group)):
                 module = _PlainOperands().visit(ast.Module(group, type_ignores=[]))
                 tests.append(compile(ast.fix_missing_locations(module), "tests.py", "exec"))
                 group = []

@@ -55,7 +55,7 @@ class Classifier:
         self._tokenizer.model_max_length = self._longest
         self._has_cut = False
         labels = [label] if label is None or isinstance(label, str) else label
-        self._columns = [_label_index(model, config.id2label, one) for one in labels]
+        self._columns = [_label_index(model, config.id2label, wanted) for wanted in labels]
         self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         calibration = getattr(config, "calibration", [[1.0, 0.0]] * config.num_labels)
         self._slopes, self._offsets = torch.tensor(calibration, device=self._model.device).T  # (labels,) each
