@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from emorl.config import UserError, nearest
 from emorl.data import Splits
-from emorl.evaluation.hacking import ObjectiveCheck, References, Score, check_objective, sameness
+from emorl.evaluation.hacking import ObjectiveCheck, References, Score, attack_objective, sameness
 from emorl.evaluation.scoring import score
 from emorl.objectives.loading import Objective
 from emorl.runs.results import BASE
@@ -35,7 +35,7 @@ def attacked(
 ) -> ObjectiveCheck:
     """One objective under attack by texts for the test prompts."""
     scores = scores_of_rows(objective, splits.test)
-    return check_objective(objective.name, scores, completions, _references(splits, references), BASE, seed)
+    return attack_objective(objective.name, scores, completions, _references(splits, references), BASE, seed)
 
 
 def _references(splits: Splits, column: str | None) -> References:

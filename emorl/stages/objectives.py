@@ -33,12 +33,12 @@ def check_experiment(options: argparse.Namespace) -> int:
 
     experiment = load(options)
     check_objectives(experiment.objectives)
-    from emorl.objectives.check import check_objective
+    from emorl.objectives.check import check_edge_cases
     from emorl.reporting.objective_tables import checks_json, print_checks
 
     materials = Materials(experiment)
     row = materials.splits.train[0]
-    results = [check_objective(objective, row) for objective in materials.objectives]
+    results = [check_edge_cases(objective, row) for objective in materials.objectives]
     if options.json:
         print(json.dumps(checks_json(results), indent=2, ensure_ascii=False))
     else:
