@@ -24,7 +24,7 @@ from emorl.evaluation.scoring import completions_table, score
 from emorl.objectives.loading import load_objective
 from emorl.policies.base import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.runs.layout import policy_directories
+from emorl.runs.layout import Layout
 
 TABLES = Path(__file__).parent / "score_tables"
 _AT_ONCE = 64  # candidates
@@ -41,7 +41,11 @@ def record(runs: Sequence[Path], policies: Sequence[str], steps: int, prompts: i
     """The table's arrays: weights (N, d), scores (N, P, O), policies (d,), objectives (O,)."""
     experiment = load_kept_experiment(runs[0])
     base = load_base(experiment.base)
-    directories = {f"{run.name}/{name}": path for run in runs for name, path in policy_directories(load_kept_experiment(run)).items()}
+    directories = {
+        f"{run.name}/{name}": path
+        for run in runs
+        for name, path in Layout(run).trained(load_kept_experiment(run).policy_names).items()
+    }
     chosen = {name: path for name, path in directories.items() if not policies or name in policies}
     include_base = "base" in policies
     ensemble = HiddenStateEnsemble(base.model, read_policies(chosen, base), include_base=include_base)

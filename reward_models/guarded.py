@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from emorl.objectives.models.classifier import Classifier
-from emorl.objectives.models.similarity import Specificity
 from emorl.objectives.models.frozen_model import Dtype
+from emorl.objectives.models.similarity import Specificity
 from emorl.objectives.rules.text import ngrams
 from emorl.policies.conversation import completion_text, prompt_text
 
