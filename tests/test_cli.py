@@ -405,9 +405,9 @@ def test_generate_takes_weights_and_settings_and_says_which_weights_it_used(fini
     assert json.loads(captured.out)["weights"] == search["best"]["weights"]
     shown = ", ".join(f"{name} {weight:.2f}" for name, weight in search["best"]["weights"].items())
     assert f"weights: {shown}\n" in captured.err
-    answer = json.loads(output_of(capsys, *ask, "--weights", "digits=1"))
-    assert answer["weights"] == {"vowels": 0.0, "digits": 1.0}
-    shorter = json.loads(output_of(capsys, *ask, "--weights", "digits=1", "generation.max_new_tokens=2"))
+    answer = json.loads(output_of(capsys, *ask, "--weights", "vowels=1"))
+    assert answer["weights"] == {"vowels": 1.0, "digits": 0.0}
+    shorter = json.loads(output_of(capsys, *ask, "--weights", "vowels=1", "generation.max_new_tokens=2"))
     assert answer["completion"].startswith(shorter["completion"])
     assert shorter["completion"] != answer["completion"]
     assert "no policy is called 'digit'; did you mean 'digits'" in mistake(capsys, *ask, "--weights", "digit=1")
