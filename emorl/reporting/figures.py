@@ -42,7 +42,7 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
 
     Args:
         trials: the search's `trials.csv`; scores on the validation prompts.
-        summary: the comparison's `summary.csv`; scores on the test prompts.
+        summary: the evaluation's `summary.csv`; scores on the test prompts.
     """
     figure = go.Figure([_trial_points(trials, x, y), _trial_front(trials, x, y)])
     for kind, (symbol, colour, name) in MARKERS.items():

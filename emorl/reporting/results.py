@@ -101,6 +101,14 @@ class Results:
         return pd.DataFrame(rows, index=pd.Index(self.training, name="policy"))
 
     @property
+    def methods_table(self) -> pd.DataFrame | None:
+        """Means over seeds of `emorl compare`, one row for each method, indexed by its name."""
+        if self.methods is None:
+            return None
+        rows = {name: {key: spread.mean for key, spread in row.items()} for name, row in self.methods.methods.items()}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+    @property
     def evaluated(self) -> "Evaluated":
         """The evaluation's parts.
 
@@ -197,14 +205,17 @@ def _versions(output: Path) -> dict[str, str]:
 
 
 def cost_table(output: Path) -> pd.DataFrame:
-    """One row per stage that has run, indexed by its name, and their `total`; columns as in `Cost`."""
-    experiment = load_kept_experiment(output)
+    """One row per stage that has said what it cost, indexed by its name, and their `total`; columns as in `Cost`. What
+    `emorl compare` cost is the training and searching of all its methods."""
+    experiment, layout = load_kept_experiment(output), Layout(output)
     stages = {
-        "quickstart": output / "quickstart",
-        **{f"train {name}": _policy_folder(experiment, name) for name in experiment.policy_names},
-        **{stage: output / stage for stage in ("search", "evaluate", "fuse")},
+        "quickstart": [output / "quickstart" / COST],
+        **{f"train {name}": [_policy_folder(experiment, name) / COST] for name in experiment.policy_names},
+        **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
+        "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),
     }
-    costs = {name: Cost(**read_json(path / COST)) for name, path in stages.items() if (path / COST).exists()}
+    read = {name: [Cost(**read_json(file)) for file in files if file.exists()] for name, files in stages.items()}
+    costs = {name: sum(parts, Cost()) for name, parts in read.items() if parts}
     costs["total"] = sum(costs.values(), Cost())
     return pd.DataFrame([asdict(cost) for cost in costs.values()], index=pd.Index(costs, name="stage"))
 

@@ -77,7 +77,7 @@ def print_evaluation(output: Path) -> None:
     results = load_run(output)
     evaluated = results.evaluated
     console = wide_console()
-    title = f"Comparison on {evaluated.test_prompts} test prompts (score ± standard error, higher is better)"
+    title = f"Evaluation on {evaluated.test_prompts} test prompts (score ± standard error, higher is better)"
     print_whole(console, title, _systems_table(results.objectives, evaluated.summary))
     for line in _notes(evaluated, results.experiment.train.collapse.share):
         console.print(line)

@@ -49,7 +49,7 @@ def write_run(output: Path, objectives: Sequence[str] = OBJECTIVES, prompts: int
     for number, name in enumerate(objectives):
         _write_training(output / "train" / name, name, collapsed=number == 0)
     best, front_weights = _write_search(experiment, steps)
-    _write_comparison(experiment, best, front_weights, prompts)
+    _write_evaluation(experiment, best, front_weights, prompts)
     return output
 
 
@@ -121,7 +121,7 @@ def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float],
     return dict(best.weights), [dict(point.weights) for point in points]
 
 
-def _write_comparison(
+def _write_evaluation(
     experiment: Experiment, best: dict[str, float], front_weights: Sequence[dict[str, float]], prompts: int
 ) -> None:
     objectives, path = list(experiment.objectives), experiment.output / "evaluate"
@@ -206,6 +206,8 @@ def _write_methods(output: Path) -> None:
     gaps = {"<b>gdpo": {"mean": gap, "hypervolume": gap}}
     best = {"mean": "<b>gdpo", "hypervolume": None}
     write_result(output / "compare", MethodsResult(OBJECTIVES, [0], 6, "ensemble", rows, gaps, best, {"reflection": 0.0}))
+    write_json(output / "seed-0" / "gdpo" / "train" / "gdpo" / "cost.json", {"prompts": 5})
+    write_json(output / "seed-0" / "ensemble" / "search" / "cost.json", {"prompts": 6})
     for name in ("seeds", "points"):
         pd.DataFrame({"method": list(rows), "seed": 0}).to_csv(output / "compare" / f"{name}.csv", index=False)
 

@@ -106,8 +106,8 @@ def test_escapes_what_a_model_wrote(html, page):
     assert "<script>alert('completion')</script> [bold]& :smile:" in page.tables["generations"][1][1]
 
 
-def test_comparison_holds_the_numbers_of_the_summary(page, finished_run):
-    rows = page.tables["comparison"][1:]
+def test_the_evaluation_holds_the_numbers_of_the_summary(page, finished_run):
+    rows = page.tables["evaluation"][1:]
     summary = pd.read_csv(finished_run / "evaluate" / "summary.csv").to_dict("records")
     assert len(rows) == len(summary)
     for cells, row in zip(rows, summary, strict=True):
@@ -153,8 +153,8 @@ def test_perplexity_is_shown_where_it_was_measured(finished_run, tmp_path):
     summary = copy / "evaluate" / "summary.csv"
     pd.read_csv(summary).assign(perplexity=12.5, paper_perplexity=40.25).to_csv(summary, index=False)
     page = _Page(write_report(copy).read_text(encoding="utf-8"))
-    assert page.tables["comparison"][0][-2:] == ["perplexity", "perplexity (paper)"]
-    assert page.tables["comparison"][1][-2:] == ["12.50", "40.25"]
+    assert page.tables["evaluation"][0][-2:] == ["perplexity", "perplexity (paper)"]
+    assert page.tables["evaluation"][1][-2:] == ["12.50", "40.25"]
 
 
 def test_generations_have_a_row_per_prompt_and_a_column_per_system(page):
@@ -243,6 +243,8 @@ def test_each_stage_alone_has_a_report_that_says_how_to_add_the_others(finished_
     results = load_run(copy)
     assert results.ran == [stage]
     assert (results.trials is None, results.summary is None) == (stage != "search", stage != "evaluate")
+    assert ("<h2>Cost</h2>" in html) == (stage != "dynamic")  # no table of one total of nothing
+    assert ("Marked systems" in html, "The search (" in html) == (False, stage == "search")
 
 
 def test_all_stages_are_shown_together(run_of_all):

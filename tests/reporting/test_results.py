@@ -34,6 +34,7 @@ def test_a_run_that_only_trained_gives_frames_too(copy):
     assert math.isnan(table.loc["empathy", "score_fluency"])
     assert results.costs.loc["total", "tokens"] == 3 * 8000
     assert (results.trials, results.summary, results.completions, results.points) == (None, None, None, None)
+    assert results.methods_table is None
 
 
 def test_nothing_trained_here_is_an_empty_table(copy):
@@ -49,6 +50,8 @@ def test_every_stage_gives_its_frames(copy):
     frames = (results.trials, results.summary, results.completions, results.fusion_trials, results.points, results.seeds)
     assert [len(frame) > 0 for frame in frames] == [True] * 6
     assert results.dynamic.systems[0].span == 8
+    assert results.costs["prompts"].to_dict()["compare"] == 5 + 6
+    assert results.methods_table.loc["ensemble", ["reflection", "decode_cost"]].tolist() == [0.25, 0.25]
 
 
 @pytest.mark.parametrize(
