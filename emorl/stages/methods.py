@@ -21,7 +21,7 @@ TABLE_COLUMNS = frozenset(
 
 @dataclass(frozen=True)
 class MethodRun:
-    """One method with one seed; `experiments` is one, but for `weighted`, which trains a policy per preference."""
+    """A method with one seed; `experiments` holds a single one, but for `weighted`, which trains a policy per preference."""
 
     method: str
     seed: int
@@ -50,27 +50,30 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
     home = experiment.output / f"seed-{seed}"
     split_seed = experiment.seed if experiment.data.seed is None else experiment.data.seed
     train = replace(experiment.train, convergence=replace(experiment.train.convergence, threshold=0.0))
-    own = replace(experiment, output=home / method, seed=seed, data=replace(experiment.data, seed=split_seed), train=train)
+    data = replace(experiment.data, seed=split_seed)
+    child = replace(experiment, output=home / method, seed=seed, data=data, train=train)
     policies = len(experiment.objectives)
     if method == "ensemble":
-        return (own,)
+        return (child,)
     if method in COMBINED:
         aggregate = "parameters" if method.endswith("soups") else "hidden_states"
         scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.ensemble.adapter_scale
         ensemble = replace(experiment.ensemble, aggregate=aggregate, adapter_scale=scale)
-        return (replace(own, policies=home / "ensemble", ensemble=ensemble),)
+        return (replace(child, policies=home / "ensemble", ensemble=ensemble),)
     single = replace(train, tuning=experiment.compare.tuning)
     if method == "weighted":
         preferences = experiment.compare.preferences
         return tuple(
             replace(
-                own,
+                child,
                 output=home / f"weighted-{number}",
-                train=replace(_longer(own, single, policies / len(preferences)), mode="weighted", preferences=dict(one)),
+                train=replace(
+                    _longer(child, single, policies / len(preferences)), mode="weighted", preferences=dict(preference)
+                ),
             )
-            for number, one in enumerate(preferences, 1)
+            for number, preference in enumerate(preferences, 1)
         )
-    return (replace(own, train=replace(_longer(own, single, policies), mode=method)),)
+    return (replace(child, train=replace(_longer(child, single, policies), mode=method)),)
 
 
 def _longer(experiment: Experiment, train: TrainConfig, factor: float) -> TrainConfig:
