@@ -5,6 +5,7 @@ policies together, and none stops when it has converged (when it would have is r
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, TrainConfig
@@ -60,26 +61,26 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
         scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.ensemble.adapter_scale
         ensemble = replace(experiment.ensemble, aggregate=aggregate, adapter_scale=scale)
         return (replace(child, policies=home / "ensemble", ensemble=ensemble),)
-    single = replace(train, tuning=experiment.compare.tuning)
+    tuning = experiment.compare.tuning
     if method == "weighted":
         preferences = experiment.compare.preferences
+        factor = policies / len(preferences)
         return tuple(
             replace(
                 child,
                 output=home / f"weighted-{number}",
-                train=replace(
-                    _longer(child, single, policies / len(preferences)), mode="weighted", preferences=dict(preference)
-                ),
+                train=_longer(child, factor, tuning=tuning, mode="weighted", preferences=dict(preference)),
             )
             for number, preference in enumerate(preferences, 1)
         )
-    return (replace(child, train=replace(_longer(child, single, policies), mode=method)),)
+    return (replace(child, train=_longer(child, policies, tuning=tuning, mode=method)),)
 
 
-def _longer(experiment: Experiment, train: TrainConfig, factor: float) -> TrainConfig:
+def _longer(experiment: Experiment, factor: float, **changes: Any) -> TrainConfig:
+    """The training of a method that trains one policy: `factor` times as many steps, and other changes."""
     from emorl.training.trainers import training_block, training_steps
 
     name, block = training_block(experiment.train, experiment.base)
     steps, _ = training_steps(name, block)
     longer = {**block, "max_steps": max(1, round(steps * factor))}
-    return replace(train, scst=longer) if name == "train.scst" else replace(train, grpo=longer)
+    return replace(experiment.train, **{name.removeprefix("train."): longer}, **changes)
