@@ -238,7 +238,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             *args, **kwargs
         )
 
-    def in_order(self, weights: Weights) -> Any:
+    def in_order(self, weights: Any) -> Any:
         """Weights by policy name, or a sequence of such mappings, as numbers in policy order; what is not named is 0."""
         if isinstance(weights, Mapping):
             unknown = [name for name in weights if name not in self.policy_names]
@@ -283,7 +283,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         folder = Path(save_directory).resolve()
         settings = {
             "combination": type(self).__name__,
-            "base": reference_to(self.name_or_path, folder),
+            "base": reference_to(self.name_or_path or "", folder),
             "base_fingerprint": self._base_fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "adapter_scales": self.adapter_scales,

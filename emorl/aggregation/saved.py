@@ -105,16 +105,17 @@ def load_base_of(
     """
     if base is None and settings["base"] is None:
         raise UserError(f"{folder} belongs to a base that was made in memory; give that one as base=")
-    if base is None:
-        place = located(settings["base"], folder, "base model")
-        options = {"dtype": getattr(torch, settings["dtype"]), **options}
-        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
-        base = kind.from_pretrained(place, **options)
-    if base_fingerprint(base) != settings["base_fingerprint"]:
+    model = base if base is not None else _load_base(located(settings["base"], folder, "base model"), settings, options)
+    if base_fingerprint(model) != settings["base_fingerprint"]:
         raise UserError(
-            f"{folder} was saved over another base than {base.name_or_path or 'the one given'} is now; give that one"
+            f"{folder} was saved over another base than {model.name_or_path or 'the one given'} is now; give that one"
         )
-    return base
+    return model
+
+
+def _load_base(place: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(place, **{"dtype": getattr(torch, settings["dtype"]), **options})
 
 
 def read_saved_adapters(folder: Path, scales: Mapping[str, float]) -> dict[str, Adapter]:

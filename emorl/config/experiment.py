@@ -335,10 +335,6 @@ class Experiment:
         """The policies that `train.mode` trains: one for each objective, or a single one that bears the mode's name."""
         return list(self.objectives) if self.train.mode == "ensemble" else [self.train.mode]
 
-    def training_of(self, name: str) -> Path:
-        """Directory of a policy's training run."""
-        return (self.policies or self.output) / "train" / name
-
 
 def _check_preferences(where: str, preferences: Mapping[str, float], objectives: Sequence[str]) -> None:
     unknown = sorted(set(preferences) - set(objectives))

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from emorl.config import UserError, nearest
+from emorl.config.objects import shown_name
 
 Config = TypeVar("Config")
 
@@ -171,13 +172,13 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation, *(kind for inner in getattr(annotation, "__args__", ()) for kind in _kinds(inner))]
 
 
-def as_mapping(config: Any, name_object: Callable[[Any], str] = object.__repr__) -> dict[str, Any]:
+def as_mapping(config: Any, name_object: Callable[[Any], str] = shown_name) -> dict[str, Any]:
     """A dataclass as plain YAML-able values (paths as text); `name_object` gives the text of an object that stands in place of
     a path."""
     return TypeAdapter(type(config)).dump_python(config, mode="json", fallback=name_object)
 
 
-def to_yaml(config: Any, name_object: Callable[[Any], str] = object.__repr__) -> str:
+def to_yaml(config: Any, name_object: Callable[[Any], str] = shown_name) -> str:
     return yaml.safe_dump(as_mapping(config, name_object), sort_keys=False, allow_unicode=True)
 
 

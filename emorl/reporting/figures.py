@@ -69,7 +69,7 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
 
 def _label(system: str, kind: str) -> str:
     """Short, so that neighbours stay legible: `policy short` -> `short`, `ensemble, best found` -> `best found`."""
-    names = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}
+    names: dict[str, str] = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}
     names |= {Kind.FRONT: system.removeprefix("front "), Kind.PARAMETER_AVERAGE: "average"}
     return names.get(kind, system)
 

@@ -1,6 +1,5 @@
-"""The registered objectives, and the check of an experiment's, as tables on the terminal, in Markdown and as JSON."""
+"""The registered objectives, and the check of an experiment's, as tables on the terminal and as JSON."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -37,16 +36,6 @@ def catalogue_json(entries: Sequence[Entry]) -> dict[str, Any]:
     """What `print_catalogue` prints, as JSON values."""
     example = {"prompt": EXAMPLE_PROMPT, "completion": EXAMPLE_COMPLETION}
     return {"example": example, "objectives": [asdict(entry) for entry in entries]}
-
-
-def catalogue_markdown(entries: Sequence[Entry]) -> str:
-    """The registered objectives as a Markdown table, for a page of documentation; options with their defaults in YAML."""
-    rows = [("objective", "scores", "range", "options", "needs"), ("---",) * 5]
-    for entry in entries:
-        options = ", ".join(f"`{name}: {json.dumps(value)}`" for name, value in entry.options.items())
-        needs = ", ".join(f"`{name}`" for name in entry.needs)
-        rows.append((f"`{entry.name}`", entry.scores.rstrip(":"), interval(entry.range), options, needs))
-    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |\n" for row in rows)
 
 
 def print_checks(results: Sequence[CheckResult]) -> None:

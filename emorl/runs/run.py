@@ -123,15 +123,15 @@ def _write_manifest(path: Path, stage: str, config: Mapping[str, Any], *, finish
 
 
 @contextmanager
-def only_process(path: Path) -> Iterator[None]:
-    """Holds the run directory for this process; a second process is told so. Released by the kernel after a kill."""
+def only_process(path: Path, waits: bool = False) -> Iterator[None]:
+    """Holds the run directory for this process; a second process is told so, or waits. Released by the kernel after a kill."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be made ({error.strerror}); give another `output`") from None
     with (path / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path} is being written by another process; wait for it or give another `output`") from None
         yield

@@ -198,27 +198,11 @@ def _attack(materials: Materials, run: Run, completions: Any, progress: Progress
             bar.advance(1, name)
 
 
-STAGE = Stage(
-    name="evaluate",
-    result=EvaluationResult,
-    check=check,
-    depends_on=(
-        *TRAINING,
-        "objectives",
-        "policies",
-        "value",
-        "ensemble",
-        "search",
-        "-search.storage",
-        "evaluate",
-        "-evaluate.attacks",
-        "-evaluate.references",
-        "-evaluate.front_points",
-        "-evaluate.batch",
-    ),
-    work=work,
-    is_enough=is_enough,
-)
+_DEPENDS_ON = (
+    *TRAINING, "objectives", "policies", "value", "ensemble", "search", "-search.storage", "evaluate", "-evaluate.attacks",
+    "-evaluate.references", "-evaluate.front_points", "-evaluate.batch",
+)  # fmt: skip
+STAGE = Stage("evaluate", EvaluationResult, check, _DEPENDS_ON, work, is_enough)
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> EvaluationResult:

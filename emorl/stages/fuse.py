@@ -220,24 +220,10 @@ def _write_trials(
         table.to_csv(temporary, index=False)
 
 
-STAGE = Stage(
-    name="fuse",
-    result=FusionResult,
-    check=check,
-    depends_on=(
-        *TRAINING,
-        "objectives",
-        "policies",
-        "value",
-        "ensemble",
-        "search.samples",
-        "search.generation",
-        "fuse",
-        "-fuse.trials",
-    ),
-    work=work,
-    is_enough=is_enough,
-)
+_DEPENDS_ON = (
+    *TRAINING, "objectives", "policies", "value", "ensemble", "search.samples", "search.generation", "fuse", "-fuse.trials",
+)  # fmt: skip
+STAGE = Stage("fuse", FusionResult, check, _DEPENDS_ON, work, is_enough)
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> FusionResult:

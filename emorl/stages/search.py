@@ -18,7 +18,7 @@ from emorl.runs.console import Console
 from emorl.runs.layout import ENSEMBLE, JOURNAL, SCORES, TRIALS
 from emorl.runs.progress import Progress
 from emorl.runs.results import Point, SearchResult, as_json
-from emorl.runs.run import Run, written_whole
+from emorl.runs.run import Run, only_process, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import Stage, perform
@@ -26,6 +26,11 @@ from emorl.stages.train import TRAINING
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from emorl.evaluation.memo import ScoreMemo
+    from emorl.objectives.scalarize import Value
+    from emorl.search.spaces.weight_space import WeightSpace
+    from emorl.search.weight_evaluation import WeightEvaluator
 
 STUDY_NAME = "weights"
 
@@ -76,35 +81,20 @@ def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
     from emorl.search.spaces.weight_space import WeightSpace
     from emorl.search.study import open_study
     from emorl.search.trials import search_on, total_cost, valuation
-    from emorl.search.weight_evaluation import WeightEvaluator
     from emorl.search.weights import budget_of, chosen_proposer, silence_optuna, weight_proposer
 
     silence_optuna()
     experiment = materials.experiment
-    config, objectives = experiment.search, list(experiment.objectives)
-    policies = experiment.policy_names
+    config, objectives, policies = experiment.search, list(experiment.objectives), experiment.policy_names
     materials.layout.trained(policies)
     space = WeightSpace((*policies, *([BASE_POLICY] if experiment.ensemble.include_base else [])))
-    value = Value.of(experiment.value, objectives)
+    value, budget = Value.of(experiment.value, objectives), budget_of(config)
     of_trials = valuation(value, space.corners()[: len(space.policies)])
     proposer, expected = weight_proposer(config, space, of_trials, len(objectives), experiment.seed)
     progress.say(f"search: {chosen_proposer(config)} over the weights of {', '.join(space.policies)}")
     study = open_study(config.storage or run.path / JOURNAL, objectives, _study_name(experiment))
     with ScoreMemo(run.path / SCORES) as memo:
-        mixture = materials.mixture()
-        evaluator = WeightEvaluator(
-            mixture,
-            materials.base.tokenizer,
-            materials.splits.validation,
-            materials.objectives,
-            space,
-            config,
-            generation=generation_of(experiment),
-            seed=experiment.seed,
-            value=value,
-            memo=memo,
-        )
-        budget = budget_of(config)
+        evaluator = _evaluator(materials, space, value, memo)
         finished = search_on(
             study, proposer, evaluator, space, of_trials,
             title="weights", expected=expected, progress=progress, batch=config.batch, budget=budget,
@@ -112,16 +102,35 @@ def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
     progress.say(f"search: {evaluator.describe_work()}")
     for line in outside_range(evaluator.objectives):
         progress.warn(line)
-    room = budget.room(finished)
-    is_spent = room is not None and room < 1
+    is_spent = budget.is_spent(finished)
     if is_spent:
         progress.say(f"search: ended by its budget after {len(finished)} candidates; a larger one continues it")
-    table = _write_trials(run, experiment, space.policies, finished, of_trials(finished))
-    result = _result(experiment, chosen_proposer(config), space.policies, table, asdict(budget) if is_spent else None)
-    mixture.weights = result.best.weights
-    mixture.save_pretrained(run.path / ENSEMBLE, tokenizer=materials.base.tokenizer, front=as_json(result)["front"])
+    with only_process(run.path, waits=True):  # workers end at about the same time
+        table = _write_trials(run, experiment, space.policies, finished, of_trials(finished))
+        result = _result(experiment, chosen_proposer(config), space.policies, table, asdict(budget) if is_spent else None)
+        mixture = materials.mixture()
+        mixture.weights = result.best.weights
+        mixture.save_pretrained(run.path / ENSEMBLE, tokenizer=materials.base.tokenizer, front=as_json(result)["front"])
     run.with_cost(total_cost(finished))
     return result
+
+
+def _evaluator(materials: Materials, space: "WeightSpace", value: "Value", memo: "ScoreMemo") -> "WeightEvaluator":
+    from emorl.search.weight_evaluation import WeightEvaluator
+
+    experiment = materials.experiment
+    return WeightEvaluator(
+        materials.mixture(),
+        materials.base.tokenizer,
+        materials.splits.validation,
+        materials.objectives,
+        space,
+        experiment.search,
+        generation=generation_of(experiment),
+        seed=experiment.seed,
+        value=value,
+        memo=memo,
+    )
 
 
 def _study_name(experiment: Experiment) -> str:
@@ -164,28 +173,11 @@ def _result(
     )
 
 
-STAGE = Stage(
-    name="search",
-    result=SearchResult,
-    check=check,
-    depends_on=(
-        *TRAINING,
-        "objectives",
-        "policies",
-        "value",
-        "ensemble",
-        "search",
-        "-search.batch",
-        "-search.memory",
-        "-search.storage",
-        "-search.trials",
-        "-search.seconds",
-        "-search.tokens",  # a budget may be raised
-    ),
-    work=work,
-    is_enough=is_enough,
-    is_shared=True,
-)
+_DEPENDS_ON = (
+    *TRAINING, "objectives", "policies", "value", "ensemble", "search", "-search.batch", "-search.memory", "-search.storage",
+    "-search.trials", "-search.seconds", "-search.tokens",  # a budget may be raised
+)  # fmt: skip
+STAGE = Stage("search", SearchResult, check, _DEPENDS_ON, work, is_enough, is_shared=True)
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> SearchResult:

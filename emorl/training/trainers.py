@@ -271,10 +271,15 @@ def build_trainer(
     except ValueError as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
     if plan.adaptive:
-
-        def set_weights(weights: list[float]) -> None:
-            trainer.reward_weights = torch.tensor(weights, dtype=torch.float32)
-
-        trainer.add_callback(DynaOptCallback(list(plan.objectives), train.dynaopt.gamma, config.seed, set_weights))
+        _let_weights_move(trainer, plan, train.dynaopt.gamma)
     trainer.remove_callback(PrinterCallback)  # our progress bar shows the rewards; `result.json` and `report_to` keep the rest
     return trainer
+
+
+def _let_weights_move(trainer: PolicyTrainer, plan: PolicyPlan, gamma: float) -> None:
+    """Adds DynaOpt's bandit to a trainer."""
+
+    def set_weights(weights: list[float]) -> None:
+        trainer.reward_weights = torch.tensor(weights, dtype=torch.float32)
+
+    trainer.add_callback(DynaOptCallback(list(plan.objectives), gamma, trainer.args.seed, set_weights))
