@@ -74,7 +74,7 @@ def test_without_weights_the_best_point_answers_and_a_preference_chooses_another
 
 def test_settings_of_decoding_replace_the_experiments(layout, answer):
     text, short = (answer(*options)[0]["completion"] for options in ([], ["generation.max_new_tokens=2"]))
-    assert text.startswith(short)
+    assert text.startswith(short.rstrip("\ufffd"))  # tokens are bytes: a character cut in two
     assert text != short
     assert len(answer("generation.max_new_tokens=2", of=layout.policy("brief"))[0]["completion"]) < len(text)
 
