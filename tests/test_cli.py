@@ -403,7 +403,7 @@ def test_generate_takes_weights_and_settings_and_says_which_weights_it_used(fini
     assert main(list(map(str, ask))) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["weights"] == search["best"]["weights"]
-    shown = ", ".join(f"{name} {weight:.2f}" for name, weight in search["best"]["weights"].items())
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in search["best"]["weights"].items())
     assert f"weights: {shown}\n" in captured.err
     answer = json.loads(output_of(capsys, *ask, "--weights", "vowels=1"))
     assert answer["weights"] == {"vowels": 1.0, "digits": 0.0}

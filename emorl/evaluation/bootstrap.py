@@ -41,7 +41,7 @@ def resampled(
     rng = np.random.default_rng(seed)
     of_seeds = np.vstack([np.ones(seeds), rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)]) / seeds  # (R+1, S)
     of_prompts = np.vstack([np.ones(prompts), rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples)]) / prompts
-    return {method: _statistics(own, of_seeds, of_prompts, reference) for method, own in offers.items()}
+    return {method: _statistics(of_method, of_seeds, of_prompts, reference) for method, of_method in offers.items()}
 
 
 def _statistics(

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from emorl.config import nearest
 from emorl.config.experiment import ValueConfig
 
 SCALARIZATIONS = ("mean", "weighted", "minimum", "chebyshev")
@@ -51,7 +52,7 @@ def importance_of(objectives: Sequence[str], preferences: Mapping[str, float]) -
     """
     unknown = sorted(set(preferences) - set(objectives))
     if unknown:
-        raise ValueError(f"preferences name {', '.join(unknown)}; the objectives are {', '.join(objectives)}")
+        raise ValueError(f"preferences name {', '.join(unknown)}; {nearest(unknown[0], objectives)}")
     if not preferences:
         return np.full(len(objectives), 1 / len(objectives))
     importance = np.array([float(preferences.get(name, 0.0)) for name in objectives])

@@ -36,10 +36,13 @@ if TYPE_CHECKING:
 
 
 def check(experiment: Experiment) -> None:
-    """Refuses settings that contradict a comparison, or what training and search refuse."""
-    method_runs(experiment)
+    """Refuses settings that contradict a comparison, or what training and search refuse, before the first method is trained."""
+    runs = method_runs(experiment)
     search.check(experiment)
-    train.check(experiment)
+    for run in runs:
+        if run.seed == runs[0].seed:  # the others differ in nothing else
+            for child in run.experiments:
+                train.check(child)
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> MethodsResult:

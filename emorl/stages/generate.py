@@ -3,6 +3,7 @@ whole model in a folder, or a dynamic ensemble (`emorl generate RUN --prefer …
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from typing import Any
 from emorl.config import UserError, nearest
 from emorl.config.experiment import BaseConfig, Experiment, load_kept_experiment
 from emorl.config.yaml import apply_overrides
+from emorl.runs.console import Console
 from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, EXPERIMENT, POLICY, Layout
-from emorl.runs.results import Point, SearchResult, best_dynamic_ensemble, read_result
+from emorl.runs.progress import Progress, Silent
+from emorl.runs.results import BASE, Point, SearchResult, best_dynamic_ensemble, read_result
 from emorl.stages.materials import Materials
 
 _DEFAULT_GENERATION = {"max_new_tokens": 64, "do_sample": False}
@@ -50,7 +53,24 @@ class Wish:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
 
-def generate_lines(directory: Path, prompts: Sequence[str], wish: Wish, *, as_json: bool) -> Iterator[str]:
+def check(directory: Path, wish: Wish) -> None:
+    """Refuses what can be seen in the run directory, before any library is imported."""
+    if wish.prefer and wish.weights:
+        raise UserError("--prefer chooses the weights and --weights gives them; use one of both")
+    dynamic, policy = _dynamic_in(directory), _policy_in(directory)
+    if dynamic is None and policy is None:
+        _chosen(load_kept_experiment(directory), wish)
+    elif wish.prefer or wish.weights:
+        option = "--prefer" if wish.prefer else "--weights"
+        fixed = f"{policy} is one policy, without a front to choose from"
+        if dynamic is not None:
+            fixed = f"{dynamic} is a dynamic ensemble, which was trained for one trade-off"
+        raise UserError(f"{fixed}; leave {option} out")
+
+
+def generate_lines(
+    directory: Path, prompts: Sequence[str], wish: Wish, progress: Progress | None = None, *, as_json: bool
+) -> Iterator[str]:
     """One answer per prompt, in order; as JSON lines with prompt, completion, and the point's weights and search scores or the
     policy's folder.
 
@@ -59,21 +79,17 @@ def generate_lines(directory: Path, prompts: Sequence[str], wish: Wish, *, as_js
 
     Args:
         directory: output of an experiment, or a policy's folder: an adapter, a whole model or a dynamic ensemble.
+        progress: is told which weights or policy answer.
     """
+    check(directory, wish)
     if not prompts:
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
-    if wish.prefer and wish.weights:
-        raise UserError("--prefer chooses the weights and --weights gives them; use one of both")
-    chooses = bool(wish.prefer or wish.weights)
-    dynamic, policy = _dynamic_in(directory), _policy_in(directory)
+    progress, dynamic, policy = progress or Silent(), _dynamic_in(directory), _policy_in(directory)
     if dynamic is not None:
-        if chooses:
-            raise UserError(f"{dynamic} is a dynamic ensemble, which was trained for one trade-off; leave --prefer out")
+        progress.say(f"weights: chosen anew for every span by {dynamic}")
         yield from _dynamic_lines(dynamic, prompts, wish, as_json)
         return
-    if policy is not None and chooses:
-        raise UserError(f"{policy} is one policy, without a front to choose from; leave --prefer out")
-    speaker = _of_front(directory, wish) if policy is None else _of_policy(policy, wish)
+    speaker = _of_front(directory, wish, progress) if policy is None else _of_policy(policy, wish, progress)
     for prompt in prompts:
         line = {"prompt": prompt, "completion": speaker.answer(prompt), **speaker.described}
         yield json.dumps(line, ensure_ascii=False) if as_json else line["completion"]
@@ -98,58 +114,68 @@ def _dynamic_in(directory: Path) -> Path | None:
 
 
 def _dynamic_lines(directory: Path, prompts: Sequence[str], wish: Wish, as_json: bool) -> Iterator[str]:
+    from emorl.dynamic.engines.engine import decoding_of
     from emorl.dynamic.ensemble import DynamicEnsemble
 
     ensemble = DynamicEnsemble.from_pretrained(directory)
+    trained, samples = ensemble.decoding, ensemble.decoding.temperature > 0
+    generation = {"max_new_tokens": trained.max_new_tokens, "do_sample": samples}
+    sampling = {"temperature": trained.temperature, "top_p": trained.top_p} if samples else {}
+    ensemble.decoding = decoding_of({**generation, **sampling, **wish.generation}, trained.seed)
     for prompt in prompts:
-        [answer] = ensemble.generate([prompt], seeds=[0], **wish.generation)
+        [answer] = ensemble.generate([prompt], seeds=[0])
         weights = [dict(zip(ensemble.engine.names, row, strict=True)) for row in answer.weights]
         line = {"prompt": prompt, "completion": answer.text, "tokens": answer.tokens, "weights": weights}
         yield json.dumps(line, ensure_ascii=False) if as_json else answer.text
 
 
-def _of_front(directory: Path, wish: Wish) -> _Speaker:
+def _of_front(directory: Path, wish: Wish, progress: Progress) -> _Speaker:
     """The point of a search's front, or weights of the user's, over the experiment's policies."""
     experiment = load_kept_experiment(directory)
-    search = read_result(SearchResult, Layout(directory).search)
-    point, described = _point(search, wish)
-    shown = ", ".join(f"{name} {weight:.2f}" for name, weight in point.items())
-    print(f"weights: {shown}", file=sys.stderr)
+    described = _chosen(experiment, wish)
+    settings, weights = _settings(experiment, wish), described["weights"]
+    progress.say(f"weights: {', '.join(f'{name} {weight:.3g}' for name, weight in weights.items())}")
     materials = Materials(experiment)
     mixture = materials.mixture()
-    mixture.weights = point
-    return _Speaker(mixture, materials.base.tokenizer, described, **_settings(experiment, wish))
+    mixture.weights = weights
+    return _Speaker(mixture, materials.base.tokenizer, described, **settings)
 
 
-def _point(search: SearchResult, wish: Wish) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-    """The weights that a user wishes, and what is known of them."""
-    policies = list(search.best.weights)
+def _chosen(experiment: Experiment, wish: Wish) -> Mapping[str, Any]:
+    """The weights that a user wishes, and what the search knows of them."""
+    search = read_result(SearchResult, Layout(experiment.output).search)
     if wish.weights:
-        unknown = [name for name in wish.weights if name not in policies]
-        if unknown:
-            raise UserError(f"--weights: no policy is called {unknown[0]!r}; {nearest(unknown[0], policies)}")
-        weights = {name: wish.weights.get(name, 0.0) for name in policies}
-        return weights, {"weights": weights}
+        return {"weights": _given_weights(wish.weights, list(search.best.weights))}
     from emorl.objectives.preference import choose
 
-    front = [_described(point) for point in search.front]
-    chosen = choose(front, wish.prefer) if wish.prefer else _described(search.best)
-    return chosen["weights"], chosen
+    return choose([_described(point) for point in search.front], wish.prefer) if wish.prefer else _described(search.best)
+
+
+def _given_weights(given: Mapping[str, float], policies: Sequence[str]) -> dict[str, float]:
+    """One weight for each policy; what is not named is 0."""
+    unknown = [name for name in given if name not in policies]
+    if unknown:
+        raise UserError(f"--weights: no policy is called {unknown[0]!r}; {nearest(unknown[0], policies)}")
+    weights = {name: given.get(name, 0.0) for name in policies}
+    numbers, may_subtract = list(weights.values()), BASE in policies
+    if not all(map(math.isfinite, numbers)) or not any(numbers) or (min(numbers) < 0 and not may_subtract):
+        sign = "" if may_subtract else ", none below 0 (ensemble.include_base would allow that)"
+        raise UserError(f"--weights: expected finite numbers, not all 0{sign}, got {dict(given)}")
+    return weights
 
 
 def _described(point: Point) -> dict[str, Any]:
     return {"weights": dict(point.weights), "scores": dict(point.scores), "value": point.value}
 
 
-def _of_policy(folder: Path, wish: Wish) -> _Speaker:
+def _of_policy(folder: Path, wish: Wish, progress: Progress) -> _Speaker:
     """With the base and the settings of the experiment in whose output it is; else its own base, and the defaults."""
     from emorl.policies.base import load_base
 
     outputs = [above for above in folder.absolute().parents[1:3] if (above / EXPERIMENT).is_file()]
     experiment = load_kept_experiment(outputs[0]) if outputs else None
-    settings = {"generation": {**_DEFAULT_GENERATION, **wish.generation}}
-    settings = settings if experiment is None else _settings(experiment, wish)
-    described = {"policy": str(folder)}
+    settings, described = _settings(experiment, wish), {"policy": str(folder)}
+    progress.say(f"weights: none, one policy answers: {folder}")
     if not (folder / ADAPTER).is_file():
         base = load_base(BaseConfig(model=str(folder)))
         return _Speaker(base.model, base.tokenizer, described, **settings)
@@ -165,8 +191,14 @@ def _of_policy(folder: Path, wish: Wish) -> _Speaker:
     return _Speaker(ensemble, base.tokenizer, described, **settings)
 
 
-def _settings(experiment: Experiment, wish: Wish) -> dict[str, Any]:
-    generation = {**experiment.generation, **wish.generation}
+def _settings(experiment: Experiment | None, wish: Wish) -> dict[str, Any]:
+    """How the experiment's policies decode, as the user changed it; checked before a model loads."""
+    from emorl.evaluation.scoring import check_generation
+
+    generation = {**(_DEFAULT_GENERATION if experiment is None else experiment.generation), **wish.generation}
+    check_generation(generation)
+    if experiment is None:
+        return {"generation": generation}
     return {"generation": generation, "system_prompt": experiment.data.system_prompt, "seed": experiment.seed}
 
 
@@ -189,8 +221,9 @@ def command(options: argparse.Namespace) -> None:
     wish = Wish(
         parse_numbers("--prefer", options.prefer), parse_numbers("--weights", options.weights), _generation(options.overrides)
     )
+    check(options.directory, wish)  # before it waits for prompts
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for line in generate_lines(options.directory, prompts, wish, as_json=options.json):
+    for line in generate_lines(options.directory, prompts, wish, Console(), as_json=options.json):
         print(line, flush=True)
 
 
@@ -199,4 +232,7 @@ def _generation(overrides: Sequence[str]) -> dict[str, Any]:
     others = [key for key in content if key != "generation"]
     if others:
         raise UserError(f"{others[0]}: only settings of decoding can be changed here, such as generation.max_new_tokens=200")
-    return content.get("generation", {})
+    generation = content.get("generation", {})
+    if not isinstance(generation, Mapping):
+        raise UserError(f"generation: expected settings of decoding, such as generation.max_new_tokens=200, got {generation!r}")
+    return dict(generation)

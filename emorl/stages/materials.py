@@ -7,6 +7,7 @@ asks for a file's prompts without waiting for a model's library.
 import json
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emorl.config import UserError
@@ -61,7 +62,8 @@ class Materials:
         from emorl.data import load_prompts
 
         config, seed = self.experiment.data, self.experiment.seed
-        settings = [as_mapping(config, _in_memory), seed if config.seed is None else config.seed, conversational]
+        drawn = replace(config, seed=seed if config.seed is None else config.seed)
+        settings = [as_mapping(drawn, _in_memory), conversational]
         return self._once("prompts", settings, lambda: load_prompts(config, seed, conversational))
 
     @property

@@ -5,6 +5,7 @@ policies together, and none stops when it has converged (when it would have is r
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, TrainConfig
@@ -22,7 +23,7 @@ TABLE_COLUMNS = frozenset(
 
 @dataclass(frozen=True)
 class MethodRun:
-    """One method with one seed; `experiments` is one, but for `weighted`, which trains a policy per preference."""
+    """A method with one seed; `experiments` holds a single one, but for `weighted`, which trains a policy per preference."""
 
     method: str
     seed: int
@@ -51,33 +52,36 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
     home = Layout(experiment.output).seed(seed)
     split_seed = experiment.seed if experiment.data.seed is None else experiment.data.seed
     train = replace(experiment.train, convergence=replace(experiment.train.convergence, threshold=0.0))
-    own = replace(experiment, output=home / method, seed=seed, data=replace(experiment.data, seed=split_seed), train=train)
+    data = replace(experiment.data, seed=split_seed)
+    child = replace(experiment, output=home / method, seed=seed, data=data, train=train)
     policies = len(experiment.objectives)
     if method == "ensemble":
-        return (own,)
+        return (child,)
     if method in COMBINED:
         aggregate = "parameters" if method.endswith("soups") else "hidden_states"
         scale = experiment.compare.adapter_scale if method.startswith("scaled") else experiment.ensemble.adapter_scale
         ensemble = replace(experiment.ensemble, aggregate=aggregate, adapter_scale=scale)
-        return (replace(own, policies=home / "ensemble", ensemble=ensemble),)
-    single = replace(train, tuning=experiment.compare.tuning)
+        return (replace(child, policies=home / "ensemble", ensemble=ensemble),)
+    tuning = experiment.compare.tuning
     if method == "weighted":
         preferences = experiment.compare.preferences
+        factor = policies / len(preferences)
         return tuple(
             replace(
-                own,
+                child,
                 output=home / f"weighted-{number}",
-                train=replace(_longer(own, single, policies / len(preferences)), mode="weighted", preferences=dict(one)),
+                train=_longer(child, factor, tuning=tuning, mode="weighted", preferences=dict(preference)),
             )
-            for number, one in enumerate(preferences, 1)
+            for number, preference in enumerate(preferences, 1)
         )
-    return (replace(own, train=replace(_longer(own, single, policies), mode=method)),)
+    return (replace(child, train=_longer(child, policies, tuning=tuning, mode=method)),)
 
 
-def _longer(experiment: Experiment, train: TrainConfig, factor: float) -> TrainConfig:
+def _longer(experiment: Experiment, factor: float, **changes: Any) -> TrainConfig:
+    """The training of a method that trains one policy: `factor` times as many steps, and other changes."""
     from emorl.training.trainers import training_block, training_steps
 
     name, block = training_block(experiment.train, experiment.base)
     steps, _ = training_steps(name, block)
     longer = {**block, "max_steps": max(1, round(steps * factor))}
-    return replace(train, scst=longer) if name == "train.scst" else replace(train, grpo=longer)
+    return replace(experiment.train, **{name.removeprefix("train."): longer}, **changes)

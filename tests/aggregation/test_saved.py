@@ -72,7 +72,7 @@ def test_a_preference_chooses_another_point_of_the_front(base, adapters, tmp_pat
     assert load(tmp_path / "ensemble").weights == (0.2, 0.8)
     assert load(tmp_path / "ensemble", prefer={"empathy": 0.7, "brevity": 0.3}).weights == (0.9, 0.1)
     assert load(tmp_path / "ensemble", weights={"short": 2}).weights == (0.0, 2.0)
-    with pytest.raises(UserError, match="preferences name empathie; the objectives are empathy, brevity"):
+    with pytest.raises(UserError, match="preferences name empathie; did you mean 'empathy'"):
         load(tmp_path / "ensemble", prefer={"empathie": 1})
     ensemble.save_pretrained(tmp_path / "ensemble")
     with pytest.raises(UserError, match="saved without a front"):

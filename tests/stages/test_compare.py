@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,12 +10,17 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from emorl import data
 from emorl.cli import main
 from emorl.config.experiment import load_experiment
 from emorl.evaluation.pareto import hypervolume
+from emorl.objectives import loading
+from emorl.policies import base
 from emorl.reporting.method_tables import method_tables
-from emorl.runs.results import MethodsResult
+from emorl.runs.layout import Layout
+from emorl.runs.results import MethodsResult, read_result
 from emorl.stages.methods import method_runs
+from emorl.stages.stage import perform
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL and PEFT use names that transformers 5.23 has renamed
@@ -35,12 +41,12 @@ def digits(prompts, completions, **columns):
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, tiny_seq2seq_dir):
     directory = tmp_path_factory.mktemp("compare")
-    data = directory / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(24)))
+    prompts = directory / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(24)))
     content = {
         "output": str(directory / "run"),
         "base": {"model": str(tiny_seq2seq_dir)},
-        "data": {"path": str(data), "validation": 4, "test": 6},
+        "data": {"path": str(prompts), "validation": 4, "test": 6},
         "objectives": {"vowels": f"{__name__}:vowels", "digits": f"{__name__}:digits"},
         "generation": {"max_new_tokens": 6, "do_sample": False},
         "train": {
@@ -58,14 +64,45 @@ def experiment(tmp_path_factory, tiny_seq2seq_dir):
 
 
 @pytest.fixture(scope="module")
-def finished(experiment):
-    assert main(["compare", str(experiment)]) == 0
+def loaded():
+    """How often what was loaded, by all child runs together."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, loaded):
+    def counted(what, load):
+        def load_counted(*arguments, **options):
+            loaded[what if not options.get("is_changed") else f"{what} to change"] += 1
+            return load(*arguments, **options)
+
+        return load_counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((data, "load_prompts"), (loading, "load_objective"), (base, "load_base")):
+            patch.setattr(module, name, counted(name, getattr(module, name)))
+        assert main(["compare", str(experiment)]) == 0
     return experiment.parent / "run"
 
 
 @pytest.fixture(scope="module")
 def result(finished):
     return json.loads((finished / "compare" / "result.json").read_text())
+
+
+def test_all_child_runs_share_prompts_objectives_and_the_base(finished, loaded):
+    assert {name: count for name, count in loaded.items() if "change" not in name} == {
+        "load_prompts": 1,
+        "load_objective": 2,  # there are two of them
+        "load_base": 1,
+    }
+
+
+def test_the_shared_base_answers_alike_whatever_was_mixed_on_it_before(finished):
+    first, second = (
+        pd.read_parquet(next((finished / f"seed-{seed}" / "ensemble" / "test").glob("base-*.parquet"))) for seed in (3, 4)
+    )
+    pd.testing.assert_frame_equal(first, second)
 
 
 def test_every_method_has_the_same_budget_of_training_prompts(result):
@@ -128,6 +165,8 @@ def test_a_second_call_does_nothing_again_and_prints_json(experiment, finished, 
     tables = {path: path.stat().st_mtime_ns for path in finished.glob("seed-*/*/test/*.parquet")}
     assert main(["compare", str(experiment), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
+    compared = load_experiment(experiment)
+    assert perform("compare", compared) == read_result(MethodsResult, Layout(compared.output).comparison)
     assert tables == {path: path.stat().st_mtime_ns for path in finished.glob("seed-*/*/test/*.parquet")}
 
 
@@ -139,6 +178,13 @@ def test_one_seed_of_fewer_methods_is_a_comparison_too(experiment, finished, cap
     assert found["first"] == "uniform"
     assert found["methods"]["gdpo"]["mean"]["deviation"] is None
     assert found["methods"]["gdpo"]["decode_cost"]["mean"] > 0
+
+
+def test_whole_models_are_compared_where_all_parameters_are_tuned(experiment, tmp_path, capsys):
+    methods = ["compare.seeds=[4]", "compare.methods=[uniform]", "compare.preferences=[]", "compare.tuning=full"]
+    assert main(["compare", str(experiment), f"output={tmp_path}", *methods, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["methods"]) == ["uniform"]
+    assert (Layout(tmp_path / "seed-4" / "uniform").policy("uniform") / "config.json").is_file()
 
 
 def test_the_ensemble_comes_first_and_none_stops_by_convergence(experiment):
@@ -172,6 +218,7 @@ def test_the_tables_name_every_method_and_what_it_cost(result):
         (["train.grpo.max_steps=3"], "train.grpo has settings, but base.model"),
         (["search.storage=sqlite:///x.db"], "leave out `search.storage`"),
         (["objectives.points=length"], "'points' is a column of compare's tables"),
+        (["compare.tuning=full", "base.dtype=bfloat16"], "full needs base.dtype: float32"),
     ],
 )
 def test_mistakes_are_one_line(experiment, tmp_path, capsys, overrides, message):
@@ -179,3 +226,4 @@ def test_mistakes_are_one_line(experiment, tmp_path, capsys, overrides, message)
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was trained before it was noticed

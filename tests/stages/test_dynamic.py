@@ -275,6 +275,12 @@ def test_evaluate_and_generate_take_a_run_without_a_search(
     assert cli.main(["evaluate", str(folder / "experiment.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["objectives"] == ["varied"]  # strict JSON: no NaN
     assert cli.main(["generate", str(finished.output), "--prompt", "Hello"]) == 0
+    capsys.readouterr()
+    shorter = ["generation.max_new_tokens=3", "generation.do_sample=false", "--json"]
+    assert cli.main(["generate", str(finished.output), "--prompt", "Hello", *shorter]) == 0
+    answered = json.loads(capsys.readouterr().out)
+    assert 1 <= answered["tokens"] <= 3
+    assert cli.main(["generate", str(finished.output), "--prompt", "Hello", "generation.num_beams=2"]) == 2
 
 
 def test_the_system_prompt_of_the_training_is_asked_with(finished: Experiment, tmp_path: Path) -> None:
