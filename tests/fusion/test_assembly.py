@@ -55,11 +55,11 @@ def test_all_layers_of_one_column_are_that_column(make_columns, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_generation_equals_uncached_where_layers_are_skipped_and_repeated(make_columns, family):
     plan = PLANS.get(family, MIXED)
-    model = assemble(make_columns(family), plan)
+    model = assemble(make_columns(family), plan).double()  # in float32 a random T5 shows the kernels' roundings
     assert count_blocks(model) == len(plan)
     (tokens, cached), (others, uncached) = generate(model, use_cache=True), generate(model, use_cache=False)
     assert torch.equal(tokens, others)
-    torch.testing.assert_close(cached, uncached, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cached, uncached, atol=1e-9, rtol=1e-9)
     assert len(set(tokens[0].tolist())) > 5
 
 

@@ -258,7 +258,7 @@ def test_a_loaded_model_in_bfloat16_gets_the_rounded_fusion(make_causal_model):
 
 def test_loaded_adapters_equal_the_written_one(experiment):
     base = load_base(experiment.base)
-    adapters = [read_adapter(experiment.training_of(name) / "policy") for name in "ea"]
+    adapters = [read_adapter(Layout(experiment.output).policy(name)) for name in "ea"]
     alone = PeftModel.from_pretrained(load_base(experiment.base).model, str(adapters[0].path)).eval()
     inputs = torch.arange(5, 15)[None]
     with torch.no_grad():
