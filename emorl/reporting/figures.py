@@ -14,7 +14,7 @@ from emorl.evaluation.pareto import front
 from emorl.runs.results import BEST, Kind
 
 ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#8A8A8A"
-_KINDS = {  # kind -> marker, colour, name in the legend
+MARKERS = {
     Kind.FRONT: ("circle", GREEN, "front, re-scored"),
     Kind.BASE: ("x", GREY, "base"),
     Kind.POLICY: ("square", ORANGE, "policies alone"),
@@ -22,6 +22,7 @@ _KINDS = {  # kind -> marker, colour, name in the legend
     Kind.ENSEMBLE: ("star", VERMILION, "ensembles"),
     Kind.DYNAMIC: ("diamond", BLUE, "dynamic ensemble"),
 }
+"""of each kind of system: symbol, colour, name in the legend"""
 _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
     Kind.FRONT: "top right",
     Kind.BASE: "bottom center",
@@ -41,10 +42,10 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
 
     Args:
         trials: the search's `trials.csv`; scores on the validation prompts.
-        summary: the comparison's `summary.csv`; scores on the test prompts.
+        summary: the evaluation's `summary.csv`; scores on the test prompts.
     """
     figure = go.Figure([_trial_points(trials, x, y), _trial_front(trials, x, y)])
-    for kind, (symbol, colour, name) in _KINDS.items():
+    for kind, (symbol, colour, name) in MARKERS.items():
         systems = summary[summary["kind"] == kind]
         if systems.empty:
             continue
@@ -54,7 +55,7 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
             error_x={"array": systems[f"{x}_error"], "thickness": 1, "width": 3},
             error_y={"array": systems[f"{y}_error"], "thickness": 1, "width": 3},
             mode="markers+text",
-            text=[_label(system, kind) for system in systems["system"]],
+            text=[short_name(system, kind) for system in systems["system"]],
             textposition=[_LABEL_POSITIONS.get(system, _LABEL_POSITIONS[kind]) for system in systems["system"]],
             marker={"symbol": symbol, "color": colour, "size": 8 if kind == "front" else 12, "line": {"width": 1}},
             cliponaxis=False,
@@ -67,7 +68,7 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
     return _styled(figure, f"Trade-off of {y} against {x}", height=520)
 
 
-def _label(system: str, kind: str) -> str:
+def short_name(system: str, kind: str) -> str:
     """Short, so that neighbours stay legible: `policy short` -> `short`, `ensemble, best found` -> `best found`."""
     names: dict[str, str] = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}
     names |= {Kind.FRONT: system.removeprefix("front "), Kind.PARAMETER_AVERAGE: "average"}

@@ -20,12 +20,13 @@ from plotly.offline import get_plotlyjs
 
 from emorl.config import UserError
 from emorl.config.yaml import to_yaml
+from emorl.evaluation.hacking import Attacks
 from emorl.reporting import figures
 from emorl.reporting.dynamic_table import dynamic_table
 from emorl.reporting.findings import objective_findings, systems_alike
 from emorl.reporting.fusion_lines import fusion_lines
 from emorl.reporting.method_tables import method_tables
-from emorl.reporting.results import STAGES, Results, load_run, paired_difference, validations_table
+from emorl.reporting.results import Results, load_run, paired_difference, validations_table
 from emorl.runs.layout import EXPERIMENT, Layout
 from emorl.runs.results import BASE, BEST, Kind
 from emorl.runs.run import write_text
@@ -75,7 +76,7 @@ def write_report(output: Path) -> Path:
         UserError: no run directory, or none of its stages has finished.
     """
     results = load_run(output)
-    if len(results.missing) == len(STAGES):
+    if not results.ran:
         raise UserError(f"{output} holds no finished stage yet; run `emorl run {Layout(output).experiment}` first")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template(_TEMPLATE).render(_content(results))
@@ -174,17 +175,17 @@ def _candidate_rows(trials: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def _hacking(attacks: Mapping[str, Any] | None) -> dict[str, Any]:
+def _hacking(attacks: Attacks | None) -> dict[str, Any]:
     """What the section on hacking shows."""
     if attacks is None:
         return {"hacking": None}
-    checks = attacks["objectives"]
+    checks = attacks.objectives
     honest = {"the base's answers": "base", "all systems' answers": "outputs", "reference responses": "reference"}
     return {
         "hacking": attacks,
-        "findings": {check["objective"]: objective_findings(check) for check in checks},
-        "attacks": list(dict.fromkeys(attack["name"] for check in checks for attack in check["attacks"])),
-        "honest": [(label, key) for label, key in honest.items() if checks[0]["honest"][f"{key}_mean"] is not None],
+        "findings": {check.objective: objective_findings(check) for check in checks},
+        "attacks": list(dict.fromkeys(attack.name for check in checks for attack in check.attacks)),
+        "honest": [(label, key) for label, key in honest.items() if not math.isnan(getattr(checks[0].honest, f"{key}_mean"))],
         "alike": systems_alike(attacks),
     }
 

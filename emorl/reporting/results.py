@@ -12,6 +12,7 @@ import pandas as pd
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, load_kept_experiment
+from emorl.evaluation.hacking import Attacks
 from emorl.runs.layout import ATTACKS, COMPLETIONS, COST, MANIFEST, POINTS, RESULT, SEEDS, SUMMARY, TRIALS, Layout
 from emorl.runs.results import (
     BASE,
@@ -28,6 +29,8 @@ from emorl.runs.run import Cost, read_json
 METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
 """columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""
 STAGES = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
+_TRAINING = ("steps", "best_step", "stopped", "base_reward", "reward", "kl", "base_distinct_share", "distinct_share", "words",
+             "collapsed")  # fmt: skip
 _RESULTS = {
     "search": ("search", SearchResult),
     "evaluate": ("evaluate", EvaluationResult),
@@ -42,8 +45,9 @@ class Results:
     """An experiment's results as data frames and dataclasses; None, or empty, where a stage has not run.
 
     `training` is by policy, of those that emorl trained here. `trials` holds every candidate of the search, `summary` one row
-    for each system on the test prompts and `completions` all their scored answers; `attacks` is `hacking.json`. `fusion_trials`
-    holds the candidates of a fusion search; `points` every trade-off and `seeds` each method and seed of `emorl compare`.
+    for each system on the test prompts, `completions` all their scored answers and `attacks` whether the rewards can be hacked.
+    `fusion_trials` holds the candidates of a fusion search; `points` every trade-off and `seeds` each method and seed of
+    `emorl compare`.
     """
 
     output: Path
@@ -54,7 +58,7 @@ class Results:
     evaluation: EvaluationResult | None
     summary: pd.DataFrame | None
     completions: pd.DataFrame | None
-    attacks: Mapping[str, Any] | None
+    attacks: Attacks | None
     fusion: FusionResult | None
     fusion_trials: pd.DataFrame | None
     methods: MethodsResult | None
@@ -75,10 +79,34 @@ class Results:
         return [] if self.search is None else list(self.search.best.weights)
 
     @property
-    def missing(self) -> list[str]:
-        """Stages that have not run here."""
+    def ran(self) -> list[str]:
+        """Stages that have run here."""
         parts = (self.training, self.search, self.evaluation, self.methods, self.fusion, self.dynamic)
-        return [stage for stage, part in zip(STAGES, parts, strict=True) if not part]
+        return [stage for stage, part in zip(STAGES, parts, strict=True) if part]
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that have not, of those that this experiment can have."""
+        possible = STAGES if self.experiment.train.mode == "ensemble" else ("train",)
+        refused = () if self.experiment.policies is None else ("train", "compare")
+        return [stage for stage in possible if stage not in (*self.ran, *refused)]
+
+    @property
+    def training_table(self) -> pd.DataFrame:
+        """How the training of each policy ended, one row for each, indexed by its name; scores on the validation prompts."""
+        rows = [
+            {**{key: getattr(result, key) for key in _TRAINING}, **{f"score_{name}": s for name, s in result.scores.items()}}
+            for result in self.training.values()
+        ]
+        return pd.DataFrame(rows, index=pd.Index(self.training, name="policy"))
+
+    @property
+    def methods_table(self) -> pd.DataFrame | None:
+        """Means over seeds of `emorl compare`, one row for each method, indexed by its name."""
+        if self.methods is None:
+            return None
+        rows = {name: {key: spread.mean for key, spread in row.items()} for name, row in self.methods.methods.items()}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
     @property
     def evaluated(self) -> "Evaluated":
@@ -136,7 +164,7 @@ def load_run(output: str | Path) -> Results:
         evaluation=kept["evaluate"],
         summary=pd.read_csv(layout.evaluation / SUMMARY) if evaluated else None,
         completions=pd.read_parquet(layout.evaluation / COMPLETIONS) if evaluated else None,
-        attacks=read_json(attacks) if evaluated and attacks.exists() else None,
+        attacks=read_result(Attacks, layout.evaluation, ATTACKS) if evaluated and attacks.exists() else None,
         fusion=kept["fuse"],
         fusion_trials=_table(layout.fusion / TRIALS),
         methods=kept["compare"],
@@ -177,14 +205,17 @@ def _versions(output: Path) -> dict[str, str]:
 
 
 def cost_table(output: Path) -> pd.DataFrame:
-    """One row per stage that has run, indexed by its name, and their `total`; columns as in `Cost`."""
-    experiment = load_kept_experiment(output)
+    """One row per stage that has said what it cost, indexed by its name, and their `total`; columns as in `Cost`. What
+    `emorl compare` cost is the training and searching of all its methods."""
+    experiment, layout = load_kept_experiment(output), Layout(output)
     stages = {
-        "quickstart": output / "quickstart",
-        **{f"train {name}": _policy_folder(experiment, name) for name in experiment.policy_names},
-        **{stage: output / stage for stage in ("search", "evaluate", "fuse")},
+        "quickstart": [output / "quickstart" / COST],
+        **{f"train {name}": [_policy_folder(experiment, name) / COST] for name in experiment.policy_names},
+        **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
+        "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),
     }
-    costs = {name: Cost(**read_json(path / COST)) for name, path in stages.items() if (path / COST).exists()}
+    read = {name: [Cost(**read_json(file)) for file in files if file.exists()] for name, files in stages.items()}
+    costs = {name: sum(parts, Cost()) for name, parts in read.items() if parts}
     costs["total"] = sum(costs.values(), Cost())
     return pd.DataFrame([asdict(cost) for cost in costs.values()], index=pd.Index(costs, name="stage"))
 

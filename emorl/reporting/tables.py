@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from emorl.evaluation.hacking import Attacks
 from emorl.reporting.findings import hacking_warnings
 from emorl.reporting.results import METRICS, Evaluated, Results, generations, load_run
-from emorl.runs.results import BASE, BEST, Kind, SearchResult, TrainingResult, without_nan
+from emorl.runs.results import BASE, BEST, Kind, SearchResult, TrainingResult, as_json, without_nan
 
 _FILE_WIDTH = 120  # columns where the output is no terminal
 _SAMPLE_PROMPTS = 2
@@ -76,7 +77,7 @@ def print_evaluation(output: Path) -> None:
     results = load_run(output)
     evaluated = results.evaluated
     console = wide_console()
-    title = f"Comparison on {evaluated.test_prompts} test prompts (score ± standard error, higher is better)"
+    title = f"Evaluation on {evaluated.test_prompts} test prompts (score ± standard error, higher is better)"
     print_whole(console, title, _systems_table(results.objectives, evaluated.summary))
     for line in _notes(evaluated, results.experiment.train.collapse.share):
         console.print(line)
@@ -100,7 +101,7 @@ def evaluation_json(output: Path) -> dict[str, Any]:
         "hypervolume": evaluated.result.hypervolume,
         "reference_point": evaluated.result.reference_point,
         "direction": evaluated.result.direction,
-        "hacking": results.attacks,
+        "hacking": None if results.attacks is None else as_json(results.attacks),
         "cost": results.costs.to_dict("index"),
         "samples": [
             {"prompt": prompt, "completions": row.to_dict()}
@@ -159,13 +160,13 @@ def _notes(evaluated: Evaluated, share: float) -> Iterator[str]:
         )
 
 
-def _print_hacking(console: Console, hacking: Mapping[str, Any] | None) -> None:
+def _print_hacking(console: Console, hacking: Attacks | None) -> None:
     if hacking is None:
         return
     console.print("\nCan these rewards be hacked?", style="bold")
     for line in hacking_warnings(hacking):
         console.print(f"[bold red]warning[/] {escape(line)}")
-    tried = ", ".join(attack["name"] for attack in hacking["objectives"][0]["attacks"])
+    tried = ", ".join(attack.name for attack in hacking.objectives[0].attacks)
     console.print(f"tried: {escape(tried)}; a warned objective pays as much for them as for honest answers (see the report)")
 
 

@@ -55,6 +55,10 @@ class Layout:
         """Whether a stage has come to a result here, be it that a larger budget would go on."""
         return (self.stage(stage) / RESULT).is_file()
 
+    def seed(self, seed: int | str) -> Path:
+        """Where `emorl compare` trains and searches with one seed; with * the pattern of all."""
+        return self.output / f"seed-{seed}"
+
     def training(self, policy: str) -> Path:
         """A policy's run directory."""
         return (self.policies_output or self.output) / "train" / policy

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from emorl.config import UserError
 from emorl.runs.layout import ENSEMBLE, RESULT, Layout
 from emorl.runs.run import read_json, write_json
 
 Result = TypeVar("Result")
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""a number that may not exist: NaN, and null in JSON"""
 
 
 @dataclass(frozen=True)
@@ -286,13 +288,13 @@ def write_result(folder: Path, result: Any) -> None:
     write_json(folder / RESULT, as_json(result))
 
 
-def read_result(kind: type[Result], folder: Path) -> Result:
-    """What a stage wrote into its run directory.
+def read_result(kind: type[Result], folder: Path, name: str = RESULT) -> Result:
+    """What a stage wrote into its run directory, its result or another JSON file.
 
     Raises:
         UserError: nothing there, or a damaged file.
     """
-    file = folder / RESULT
+    file = folder / name
     try:
         return TypeAdapter(kind).validate_python(read_json(file))
     except ValidationError as error:

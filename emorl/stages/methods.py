@@ -9,6 +9,7 @@ from typing import Any
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, TrainConfig
+from emorl.runs.layout import Layout
 
 COMBINED = ("ensemble", "soups", "scaled_ensemble", "scaled_soups")
 """methods that combine policies by weights, which are searched; all others train policies that are used as they are"""
@@ -48,7 +49,7 @@ def method_runs(experiment: Experiment) -> list[MethodRun]:
 
 
 def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experiment, ...]:
-    home = experiment.output / f"seed-{seed}"
+    home = Layout(experiment.output).seed(seed)
     split_seed = experiment.seed if experiment.data.seed is None else experiment.data.seed
     train = replace(experiment.train, convergence=replace(experiment.train.convergence, threshold=0.0))
     data = replace(experiment.data, seed=split_seed)

@@ -143,5 +143,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> None:
     from emorl.reporting.reward_tables import refresh_table
 
-    rounds = as_json(refresh(load_refresh_experiment(options.experiment, options.overrides), Console()))["rounds"]
-    print(json.dumps(rounds, indent=2) if options.json else refresh_table(rounds))
+    result = refresh(load_refresh_experiment(options.experiment, options.overrides), Console())
+    print(json.dumps(as_json(result)["rounds"], indent=2) if options.json else refresh_table(result.rounds))

@@ -2,28 +2,33 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import as_mapping, parse, to_yaml
-from emorl.evaluation.hacking import Attack, Correlation, Honest, ObjectiveCheck, sameness
+from emorl.evaluation.hacking import Attack, Attacks, Correlation, Honest, ObjectiveCheck, sameness
 from emorl.evaluation.systems import hypervolumes, summary_table
 from emorl.runs.results import (
     BASE,
     BEST,
+    DynamicResult,
+    DynamicSystem,
     EvaluationResult,
+    FixedPoint,
+    FusionResult,
+    Interval,
     Kind,
+    MethodsResult,
     Point,
     SearchResult,
+    Spread,
     System,
     TrainingResult,
-    without_nan,
+    as_json,
     write_result,
 )
 from emorl.runs.run import Cost, open_run, write_json, write_text
@@ -44,7 +49,7 @@ def write_run(output: Path, objectives: Sequence[str] = OBJECTIVES, prompts: int
     for number, name in enumerate(objectives):
         _write_training(output / "train" / name, name, collapsed=number == 0)
     best, front_weights = _write_search(experiment, steps)
-    _write_comparison(experiment, best, front_weights, prompts)
+    _write_evaluation(experiment, best, front_weights, prompts)
     return output
 
 
@@ -116,7 +121,7 @@ def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float],
     return dict(best.weights), [dict(point.weights) for point in points]
 
 
-def _write_comparison(
+def _write_evaluation(
     experiment: Experiment, best: dict[str, float], front_weights: Sequence[dict[str, float]], prompts: int
 ) -> None:
     objectives, path = list(experiment.objectives), experiment.output / "evaluate"
@@ -139,12 +144,12 @@ def _write_comparison(
     summary = summary_table(systems, tables, objectives, experiment.train.collapse.share)
     summary.to_csv(path / "summary.csv", index=False)
     write_result(path, EvaluationResult(objectives, systems, *hypervolumes(summary, objectives)))
-    write_json(path / "hacking.json", without_nan(_hacking(completions, objectives, prompts)))
+    write_json(path / "hacking.json", as_json(_attacks(completions, objectives, prompts)))
     config = as_mapping(experiment)
     open_run(path, "evaluate", config).add_cost(Cost(64, 256, 5120, 768, 12.5)).finish()
 
 
-def _hacking(completions: pd.DataFrame, objectives: Sequence[str], prompts: int) -> dict[str, Any]:
+def _attacks(completions: pd.DataFrame, objectives: Sequence[str], prompts: int) -> Attacks:
     """The first objective is hacked by one sentence and prefers long answers, the others by nothing."""
     none = math.nan
     honest = Honest(0.15, 0.25, 0.4, 0.45, none, none)
@@ -163,8 +168,8 @@ def _hacking(completions: pd.DataFrame, objectives: Sequence[str], prompts: int)
         )
         for number, name in enumerate(objectives)
     ]  # fmt: skip
-    systems = {name: asdict(sameness(list(texts))) for name, texts in completions.groupby("system")["completion"]}
-    return {"references": None, "objectives": [asdict(check) for check in checks], "systems": systems}
+    systems = {str(name): sameness(list(texts)) for name, texts in completions.groupby("system")["completion"]}
+    return Attacks(None, checks, systems)
 
 
 def _completions(system: System, objectives: Sequence[str], prompts: int) -> pd.DataFrame:
@@ -190,3 +195,40 @@ def _completions(system: System, objectives: Sequence[str], prompts: int) -> pd.
             }
         )
     return pd.DataFrame(rows)
+
+
+def _write_methods(output: Path) -> None:
+    columns = [*OBJECTIVES, "mean", "minimum", "hypervolume", "points", "diversity_2", "edit_rate", "distinct_share", "words",
+               "prompts", "converged_prompts", "all_prompts", "completions", "tokens", "seconds", "search_seconds",
+               "decode_cost"]  # fmt: skip
+    rows = {name: dict.fromkeys(columns, Spread(0.25, None)) for name in ("ensemble", "<b>gdpo")}
+    gap = Interval(0.125, -0.1, 0.3, 0.9)
+    gaps = {"<b>gdpo": {"mean": gap, "hypervolume": gap}}
+    best = {"mean": "<b>gdpo", "hypervolume": None}
+    write_result(output / "compare", MethodsResult(OBJECTIVES, [0], 6, "ensemble", rows, gaps, best, {"reflection": 0.0}))
+    write_json(output / "seed-0" / "gdpo" / "train" / "gdpo" / "cost.json", {"prompts": 5})
+    write_json(output / "seed-0" / "ensemble" / "search" / "cost.json", {"prompts": 6})
+    for name in ("seeds", "points"):
+        pd.DataFrame({"method": list(rows), "seed": 0}).to_csv(output / "compare" / f"{name}.csv", index=False)
+
+
+def _write_fusion(output: Path) -> None:
+    """A search over layers with two candidates."""
+    scores = dict.fromkeys(OBJECTIVES, 0.5)
+    layers = {"layers.0": "slerp", "layers.1": "<b>empathy"}
+    fused = FusionResult(layers=layers, proposer="coordinate_descent", trials=2, scores=scores, value=0.5, test=scores)
+    write_result(output / "fuse", fused)
+    write_json(output / "fuse" / "cost.json", {"prompts": 7})
+    candidates = {"trial": [0, 1], "plan": ["2 x slerp", "slerp, empathy"], "step_00": [3, 3], "score_empathy": [0.4, 0.6]}
+    table = pd.DataFrame({**candidates, "error_empathy": 0.1, "value": [0.4, 0.5]})
+    table.to_csv(output / "fuse" / "trials.csv", index=False)
+
+
+def _write_dynamic(output: Path) -> None:
+    system = DynamicSystem("RLAE-PPO", 8, 0.5, 0.1, 0.2, 0.1, 0.3)
+    fixed = FixedPoint({"reflection": 1.0}, 0.5)
+    write_result(output / "dynamic" / "comparison", DynamicResult([system], "ppo", fixed, OBJECTIVES, 6, 3, "cpu", 1))
+
+
+OTHERS = {"compare": _write_methods, "fuse": _write_fusion, "dynamic": _write_dynamic}
+"""stages beside those of `write_run`, each written into an output"""

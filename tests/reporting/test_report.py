@@ -11,18 +11,8 @@ from emorl.config import UserError
 from emorl.reporting.report import Rival, headline, rivals, write_report
 from emorl.reporting.results import load_run
 from emorl.reporting.tables import evaluation_json
-from emorl.runs.results import (
-    DynamicResult,
-    DynamicSystem,
-    FixedPoint,
-    FusionResult,
-    Interval,
-    MethodsResult,
-    Spread,
-    write_result,
-)
 from emorl.runs.run import read_json, write_json
-from tests.reporting.synthetic_run import OBJECTIVES
+from tests.reporting.synthetic_run import OBJECTIVES, OTHERS
 
 
 class _Page(HTMLParser):
@@ -61,6 +51,15 @@ def html(finished_run):
 @pytest.fixture(scope="module")
 def page(html):
     return _Page(html)
+
+
+@pytest.fixture
+def run_of_all(finished_run, tmp_path):
+    """A run after all stages."""
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    for write in OTHERS.values():
+        write(copy)
+    return copy
 
 
 def test_loads_nothing_from_anywhere(page):
@@ -107,8 +106,8 @@ def test_escapes_what_a_model_wrote(html, page):
     assert "<script>alert('completion')</script> [bold]& :smile:" in page.tables["generations"][1][1]
 
 
-def test_comparison_holds_the_numbers_of_the_summary(page, finished_run):
-    rows = page.tables["comparison"][1:]
+def test_the_evaluation_holds_the_numbers_of_the_summary(page, finished_run):
+    rows = page.tables["evaluation"][1:]
     summary = pd.read_csv(finished_run / "evaluate" / "summary.csv").to_dict("records")
     assert len(rows) == len(summary)
     for cells, row in zip(rows, summary, strict=True):
@@ -154,8 +153,8 @@ def test_perplexity_is_shown_where_it_was_measured(finished_run, tmp_path):
     summary = copy / "evaluate" / "summary.csv"
     pd.read_csv(summary).assign(perplexity=12.5, paper_perplexity=40.25).to_csv(summary, index=False)
     page = _Page(write_report(copy).read_text(encoding="utf-8"))
-    assert page.tables["comparison"][0][-2:] == ["perplexity", "perplexity (paper)"]
-    assert page.tables["comparison"][1][-2:] == ["12.50", "40.25"]
+    assert page.tables["evaluation"][0][-2:] == ["perplexity", "perplexity (paper)"]
+    assert page.tables["evaluation"][1][-2:] == ["12.50", "40.25"]
 
 
 def test_generations_have_a_row_per_prompt_and_a_column_per_system(page):
@@ -215,7 +214,17 @@ def test_headline_says_in_words_what_was_found():
     )
 
 
-@pytest.mark.parametrize("stage", ["train", "search", "evaluate"])
+SHOWN = {
+    "train": "<h2>Training</h2>",
+    "search": "<h2>The front, pair by pair</h2>",
+    "evaluate": "best found against",
+    "compare": '<h2 id="methods">',
+    "fuse": "<h2>The policies fused into one</h2>",
+    "dynamic": '<h2 id="dynamic">',
+}
+
+
+@pytest.mark.parametrize("stage", SHOWN)
 def test_each_stage_alone_has_a_report_that_says_how_to_add_the_others(finished_run, tmp_path, stage):
     copy = tmp_path / "run"
     copy.mkdir()
@@ -223,46 +232,37 @@ def test_each_stage_alone_has_a_report_that_says_how_to_add_the_others(finished_
     with pytest.raises(UserError, match="holds no finished stage yet; run `emorl run"):
         write_report(copy)
     assert not (copy / "report").exists()
-    shutil.copytree(finished_run / stage, copy / stage)
+    if stage in OTHERS:
+        OTHERS[stage](copy)
+    else:
+        shutil.copytree(finished_run / stage, copy / stage)
     html = write_report(copy).read_text(encoding="utf-8")
-    shown = {"train": "<h2>Training</h2>", "search": "<h2>The front, pair by pair</h2>", "evaluate": "best found against"}
-    assert [name for name, text in shown.items() if text in html] == [stage]
-    for other in {"train", "search", "evaluate", "fuse", "compare", "dynamic"} - {stage}:
+    assert [name for name, text in SHOWN.items() if text in html] == [stage]
+    for other in set(SHOWN) - {stage}:
         assert f"<code>emorl {other} {copy / 'experiment.yaml'}</code>" in html
     results = load_run(copy)
+    assert results.ran == [stage]
     assert (results.trials is None, results.summary is None) == (stage != "search", stage != "evaluate")
+    assert ("<h2>Cost</h2>" in html) == (stage != "dynamic")  # no table of one total of nothing
+    assert ("Marked systems" in html, "The search (" in html) == (False, stage == "search")
 
 
-def test_methods_and_dynamic_ensembles_are_shown(finished_run, tmp_path):
-    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
-    columns = [*OBJECTIVES, "mean", "minimum", "hypervolume", "points", "diversity_2", "edit_rate", "distinct_share", "words",
-               "prompts", "converged_prompts", "all_prompts", "completions", "tokens", "seconds", "search_seconds",
-               "decode_cost"]  # fmt: skip
-    rows = {name: dict.fromkeys(columns, Spread(0.25, None)) for name in ("ensemble", "<b>gdpo")}
-    gap = Interval(0.125, -0.1, 0.3, 0.9)
-    gaps = {"<b>gdpo": {"mean": gap, "hypervolume": gap}}
-    best = {"mean": "<b>gdpo", "hypervolume": None}
-    write_result(copy / "compare", MethodsResult(OBJECTIVES, [0], 6, "ensemble", rows, gaps, best, {"reflection": 0.0}))
-    system = DynamicSystem("RLAE-PPO", 8, 0.5, 0.1, 0.2, 0.1, 0.3)
-    fixed = FixedPoint({"reflection": 1.0}, 0.5)
-    write_result(copy / "dynamic" / "comparison", DynamicResult([system], "ppo", fixed, OBJECTIVES, 6, 3, "cpu", 1))
-    html = write_report(copy).read_text(encoding="utf-8")
+def test_all_stages_are_shown_together(run_of_all):
+    html = write_report(run_of_all).read_text(encoding="utf-8")
+    assert [name for name, text in SHOWN.items() if text in html] == list(SHOWN)
+    assert "Not run here" not in html
+
+
+def test_methods_and_dynamic_ensembles_are_shown(run_of_all):
+    html = write_report(run_of_all).read_text(encoding="utf-8")
     assert "<td>&lt;b&gt;gdpo</td><td>+0.125 [-0.100, +0.300], 90%</td>" in html
     assert "<td>RLAE-PPO</td><td>8</td><td>0.500 ± 0.100</td>" in html
     assert "<td>ensemble</td>" in html
 
 
-def test_a_fusion_search_in_the_same_output_is_shown(finished_run, tmp_path, page):
+def test_a_fusion_search_in_the_same_output_is_shown(run_of_all, page):
     assert "fusion" not in page.tables
-    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
-    scores = dict.fromkeys(OBJECTIVES, 0.5)
-    layers = {"layers.0": "slerp", "layers.1": "<b>empathy"}
-    fused = FusionResult(layers=layers, proposer="coordinate_descent", trials=2, scores=scores, value=0.5, test=scores)
-    write_result(copy / "fuse", fused)
-    write_json(copy / "fuse" / "cost.json", {"prompts": 7})
-    candidates = {"trial": [0, 1], "plan": ["2 x slerp", "slerp, empathy"], "step_00": [3, 3], "score_empathy": [0.4, 0.6]}
-    pd.DataFrame({**candidates, "error_empathy": 0.1, "value": [0.4, 0.5]}).to_csv(copy / "fuse" / "trials.csv", index=False)
-    text = write_report(copy).read_text(encoding="utf-8")
+    text = write_report(run_of_all).read_text(encoding="utf-8")
     shown = _Page(text)
     assert shown.tables["fusion"] == [
         ["trial", "plan", "score empathy", "value"],
