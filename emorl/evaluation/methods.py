@@ -21,7 +21,7 @@ ONE_POLICY = "one policy"
 
 
 @dataclass(frozen=True)
-class TestedPoint:
+class OfferedPoint:
     """One trade-off that a method offers: weights of its policies (none: a policy as it is), and its scored completions."""
 
     name: str
@@ -29,7 +29,7 @@ class TestedPoint:
     table: Path
 
 
-Offered = Mapping[str, Mapping[int, Sequence[TestedPoint]]]
+Offered = Mapping[str, Mapping[int, Sequence[OfferedPoint]]]
 """method -> seed -> its points, the best first"""
 
 

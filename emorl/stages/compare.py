@@ -32,7 +32,7 @@ from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import keep_experiment
 
 if TYPE_CHECKING:
-    from emorl.evaluation.methods import Offered, TestedPoint
+    from emorl.evaluation.methods import Offered, OfferedPoint
 
 
 def check(experiment: Experiment) -> None:
@@ -85,7 +85,7 @@ def _score(materials: Materials, runs: Sequence[MethodRun], progress: Progress) 
 
     data = materials.of(runs[0].experiments[0]).splits.test  # split alike for all seeds
     objectives = materials.objectives
-    offered: dict[str, dict[int, list[TestedPoint]]] = {}
+    offered: dict[str, dict[int, list[OfferedPoint]]] = {}
     for run in runs:
         for method in [BASE, ALONE, run.method] if run.method == FIRST else [run.method]:
             children, points = run.experiments, []

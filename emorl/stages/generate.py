@@ -14,7 +14,7 @@ from emorl.config import UserError, nearest
 from emorl.config.experiment import BaseConfig, Experiment, load_kept_experiment
 from emorl.config.yaml import apply_overrides
 from emorl.runs.console import Console
-from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, EXPERIMENT, POLICY, Layout
+from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, ENSEMBLE, EXPERIMENT, POLICY, Layout
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import BASE, Point, SearchResult, best_dynamic_ensemble, read_result
 from emorl.stages.materials import Materials
@@ -130,15 +130,17 @@ def _dynamic_lines(directory: Path, prompts: Sequence[str], wish: Wish, as_json:
 
 
 def _of_front(directory: Path, wish: Wish, progress: Progress) -> _Speaker:
-    """The point of a search's front, or weights of the user's, over the experiment's policies."""
+    """The point of a search's front, or weights of the user's, in the ensemble that the search saved."""
+    from emorl.aggregation.ensemble import MIXTURES
+
     experiment = load_kept_experiment(directory)
     described = _chosen(experiment, wish)
     settings, weights = _settings(experiment, wish), described["weights"]
     progress.say(f"weights: {', '.join(f'{name} {weight:.3g}' for name, weight in weights.items())}")
-    materials = Materials(experiment)
-    mixture = materials.mixture()
-    mixture.weights = weights
-    return _Speaker(mixture, materials.base.tokenizer, described, **settings)
+    base = Materials(experiment).base
+    saved = Layout(directory).search / ENSEMBLE
+    mixture = MIXTURES[experiment.ensemble.aggregate].from_pretrained(saved, base=base.model, weights=weights)
+    return _Speaker(mixture, base.tokenizer, described, **settings)
 
 
 def _chosen(experiment: Experiment, wish: Wish) -> Mapping[str, Any]:

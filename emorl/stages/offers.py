@@ -13,15 +13,15 @@ from emorl.stages.materials import Materials
 from emorl.stages.methods import COMBINED
 
 if TYPE_CHECKING:
-    from emorl.evaluation.methods import TestedPoint
+    from emorl.evaluation.methods import OfferedPoint
 
 EVALUATION_SEED = 10_000
 """added to the seed where decoding samples: training and search have drawn none of these"""
 
 
-def points_of(experiment: Experiment, method: str) -> "list[TestedPoint]":
+def points_of(experiment: Experiment, method: str) -> "list[OfferedPoint]":
     """The points that a method chose on the validation prompts, its best one first."""
-    from emorl.evaluation.methods import ALONE, TestedPoint
+    from emorl.evaluation.methods import ALONE, OfferedPoint
     from emorl.evaluation.pareto import chosen_points
     from emorl.evaluation.systems import table_file
 
@@ -36,7 +36,7 @@ def points_of(experiment: Experiment, method: str) -> "list[TestedPoint]":
     else:
         chosen = {method: {}}
     folder, samples = experiment.output / "test", experiment.evaluate.samples
-    return [TestedPoint(name, weights, folder / table_file(name, weights, samples)) for name, weights in chosen.items()]
+    return [OfferedPoint(name, weights, folder / table_file(name, weights, samples)) for name, weights in chosen.items()]
 
 
 def _best_alone_first(experiment: Experiment) -> list[str]:
@@ -50,7 +50,7 @@ def _best_alone_first(experiment: Experiment) -> list[str]:
 
 
 def score_points(
-    materials: Materials, points: "Sequence[TestedPoint]", data: Any, objectives: Sequence[Any], progress: Progress
+    materials: Materials, points: "Sequence[OfferedPoint]", data: Any, objectives: Sequence[Any], progress: Progress
 ) -> None:
     """Writes the table of every point that has none yet."""
     missing = [point for point in points if not point.table.exists()]

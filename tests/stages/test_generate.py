@@ -1,6 +1,7 @@
 """`emorl generate`: weights by name, by preference or the best ones; settings of decoding; mistakes before any library."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 
 from emorl.cli import main
 from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig
-from emorl.runs.layout import Layout
+from emorl.runs.layout import ENSEMBLE, Layout
 from emorl.runs.results import Point, SearchResult, write_result
 from emorl.stages.generate import Wish, generate_lines
+from emorl.stages.materials import Materials
 from emorl.stages.stage import keep_experiment
 
 FRONT = [
@@ -35,6 +37,7 @@ def layout(tmp_path_factory, tiny_base_dir, make_causal_model, write_adapter):
         write_adapter(make_causal_model("llama"), layout.policy(name), seed=seed)
     keep_experiment(experiment)
     layout.search.mkdir()
+    Materials(experiment).mixture().save_pretrained(layout.search / ENSEMBLE)
     write_result(layout.search, SearchResult("hierarchical_grid", "mean", {}, 2, None, best=FRONT[1], front=FRONT))
     return layout
 
@@ -70,6 +73,13 @@ def test_without_weights_the_best_point_answers_and_a_preference_chooses_another
     preferred, _ = answer("--prefer", "varied=1")
     assert preferred["weights"] == FRONT[0].weights
     assert preferred["completion"] == answer("--weights", "varied=1")[0]["completion"]
+
+
+def test_a_run_answers_alike_where_its_policies_have_gone_and_it_was_moved(layout, answer, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(layout.output, moved, ignore=shutil.ignore_patterns("train"))
+    for options in ([], ["--prefer", "varied=1"], ["--weights", "brief=1"]):
+        assert answer(*options, of=moved) == answer(*options)
 
 
 def test_settings_of_decoding_replace_the_experiments(layout, answer):
