@@ -52,7 +52,7 @@ from emorl.objectives.loading import Objective, load_objective
 from emorl.policies.adapters import Adapter
 from emorl.policies.base import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.runs.layout import policy_directories
+from emorl.runs.layout import Layout
 
 HIDDEN, PARAMETERS = "(a) hidden states", "(b) parameters"
 SYNCHRONISED, UNSYNCHRONISED = "(c) logits, synchronised", "(d) authors' logit level, unsynchronised"
@@ -271,7 +271,7 @@ def show(rows: Mapping[str, Mapping[str, float]], objectives: Sequence[str]) -> 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> list[Measured]:
     base = load_base(experiment.base)
-    adapters = read_policies(policy_directories(experiment), base)
+    adapters = read_policies(Layout(experiment.output, experiment.policies).trained(experiment.policy_names), base)
     data = load_prompts(experiment.data, experiment.seed, is_chat(base.tokenizer)).validation
     data = data.select(range(min(options.prompts or len(data), len(data))))
     inputs = dict(encode(base.tokenizer, list(data["prompt"])).to(base.model.device))

@@ -1,10 +1,10 @@
-"""What does a controller cost? Decoding with weights chosen anew for every span, against the same decoding with fixed weights.
+"""What does an agent cost? Decoding with weights chosen anew for every span, against the same decoding with fixed weights.
 
 Three random LoRA policies on a random Llama, no end token, so that all write equally many tokens. *fixed* is the dynamic
-ensemble's own loop with one weight vector and no controller; `generate()` is transformers' loop on the same ensemble. Agents
+ensemble's own loop with one weight vector and no agent; `generate()` is transformers' loop on the same ensemble. Agents
 are as they come, untrained: what an action is does not change its cost, but that a model without weight is not run, so no
 weight is cut (`least_weight` 0). Ways are interleaved within each repeat; an overhead is the median over repeats of the ratio
-inside one repeat, less 1. *controller* is the share of the time spent in the agent, *signals* the rest of the overhead:
+inside one repeat, less 1. *choosing* is the share of the time spent in the agent, *signals* the rest of the overhead:
 K products with the head, and entropies.
 
     python -m benchmarks.dynamic --threads 1 --batch 1 8
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.adapter_fusion import SIZES, make_model
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config.dynamic import AgentConfig
-from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import FixedWeights
 from emorl.dynamic.engines.engine import Decoding
 from emorl.dynamic.engines.stacked import StackedEngine
@@ -70,12 +70,12 @@ def measure(
     ]
     fixed = FixedWeights(torch.full((3,), 1 / 3))
     agents = {
-        "signals": Agent("ppo", 3, engine.state_width, AgentConfig(states=False, least_weight=0)),
-        "signals and states": Agent("ppo", 3, engine.state_width, AgentConfig(least_weight=0)),
-        "MAPPO": Agent("mappo", 3, engine.state_width, AgentConfig(least_weight=0)),
+        "signals": SpanAgent("ppo", 3, engine.state_width, AgentConfig(states=False, least_weight=0)),
+        "signals and states": SpanAgent("ppo", 3, engine.state_width, AgentConfig(least_weight=0)),
+        "MAPPO": SpanAgent("mappo", 3, engine.state_width, AgentConfig(least_weight=0)),
     }
     if encoder is not None:
-        agents["encoder"] = Agent("ppo", 3, engine.state_width, AgentConfig(encoder=encoder, least_weight=0))
+        agents["encoder"] = SpanAgent("ppo", 3, engine.state_width, AgentConfig(encoder=encoder, least_weight=0))
     inputs = engine.tokenizer(prompts, return_tensors="pt")
     weights = torch.full((batch, 3), 1 / 3)
     generate: Any = engine.ensemble.generate
@@ -103,9 +103,9 @@ def measure(
             base = seconds if name == "fixed" else base
             if repeat:  # the first one warms up
                 ratios[name].append(seconds / base)
-                shares[name].append(getattr(found, "controller_seconds", 0.0) / seconds)
+                shares[name].append(getattr(found, "choosing_seconds", 0.0) / seconds)
     return [
-        {"batch": batch, "way": name, "overhead": statistics.median(found) - 1, "controller": statistics.median(shares[name])}
+        {"batch": batch, "way": name, "overhead": statistics.median(found) - 1, "choosing": statistics.median(shares[name])}
         for name, found in ratios.items()
     ]
 
@@ -132,9 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print("\n".join(json.dumps(row) for row in rows))
         return
-    print("| batch | way | overhead | controller |\n|---|---|---|---|")
+    print("| batch | way | overhead | choosing |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['batch']} | {row['way']} | {row['overhead']:+.1%} | {row['controller']:.1%} |")
+        print(f"| {row['batch']} | {row['way']} | {row['overhead']:+.1%} | {row['choosing']:.1%} |")
 
 
 if __name__ == "__main__":

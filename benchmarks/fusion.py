@@ -42,7 +42,8 @@ from benchmarks.decode import CLOCKS
 from emorl.fusion.checkpoints import CheckpointFusion
 from emorl.fusion.loaded import LoadedFusion, loaded_models
 from emorl.fusion.mergekit_file import mergekit_fusion
-from emorl.fusion.operators import Fusion, trim_threshold
+from emorl.fusion.methods.ties import trim_threshold
+from emorl.fusion.operators import Fusion
 from emorl.fusion.tensor_files import WEIGHTS_NAME, ShardWriter, TensorSpec
 
 NAMES = ("base", "one", "two", "three")

@@ -17,14 +17,14 @@ import torch
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder, plain_greedy
-from emorl.config.experiment import load_run
+from emorl.config.experiment import load_kept_experiment
 from emorl.data import load_prompts
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import completions_table, score
 from emorl.objectives.loading import load_objective
 from emorl.policies.base import load_base, read_policies
 from emorl.policies.prompts import encode, is_chat
-from emorl.runs.layout import policy_directories
+from emorl.runs.layout import Layout
 
 TABLES = Path(__file__).parent / "score_tables"
 _AT_ONCE = 64  # candidates
@@ -39,9 +39,13 @@ def lattice(policies: int, steps: int) -> np.ndarray:
 
 def record(runs: Sequence[Path], policies: Sequence[str], steps: int, prompts: int) -> dict[str, np.ndarray]:
     """The table's arrays: weights (N, d), scores (N, P, O), policies (d,), objectives (O,)."""
-    experiment = load_run(runs[0])
+    experiment = load_kept_experiment(runs[0])
     base = load_base(experiment.base)
-    directories = {f"{run.name}/{name}": path for run in runs for name, path in policy_directories(load_run(run)).items()}
+    directories = {
+        f"{run.name}/{name}": path
+        for run in runs
+        for name, path in Layout(run).trained(load_kept_experiment(run).policy_names).items()
+    }
     chosen = {name: path for name, path in directories.items() if not policies or name in policies}
     include_base = "base" in policies
     ensemble = HiddenStateEnsemble(base.model, read_policies(chosen, base), include_base=include_base)

@@ -41,12 +41,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder
-from emorl.config.experiment import load_run
+from emorl.config.experiment import load_kept_experiment
 from emorl.data import load_prompts
 from emorl.policies.adapters import read_adapter
 from emorl.policies.base import load_base
 from emorl.policies.prompts import encode, is_chat
-from emorl.runs.layout import policy_directories
+from emorl.runs.layout import Layout
 from emorl.search.proposers.hierarchical_grid import HierarchicalGrid
 from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished
@@ -104,10 +104,16 @@ def random_case(kind: str, options: argparse.Namespace) -> Case:
 
 def trained_case(run: Path) -> Case:
     """The base, the policies and the validation prompts of a finished run with three policies."""
-    experiment = load_run(run)
+    experiment = load_kept_experiment(run)
     base = load_base(experiment.base)
     data = load_prompts(experiment.data, experiment.seed, is_chat(base.tokenizer)).validation
-    paths = dict(zip(SPACE.policies, policy_directories(experiment).values(), strict=True))
+    paths = dict(
+        zip(
+            SPACE.policies,
+            Layout(experiment.output, experiment.policies).trained(experiment.policy_names).values(),
+            strict=True,
+        )
+    )
     end: Any = base.tokenizer.eos_token_id
     return make_case(base.model, paths, dict(encode(base.tokenizer, list(data["prompt"]))), end)
 

@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from emorl.config import UserError, nearest
 from emorl.config.experiment import DataConfig
+from emorl.policies.conversation import as_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
     """
     seen: set[str] = set()
     parts = {
-        name: _unique(read_table(path, config.split), config, path, seen)
+        name: _unique(read_table(path, config.split), config, _named(path), seen)
         for name, path in (("test", config.test_path), ("validation", config.validation_path), ("train", config.path))
         if path
     }
@@ -48,22 +49,30 @@ def load_prompts(config: DataConfig, seed: int, conversational: bool) -> Splits:
             continue
         if len(rest) <= size:
             raise UserError(
-                f"{config.path}: {len(parts['train'])} distinct prompts are too few to keep data.{name}={size} of them "
+                f"{_named(config.path)}: {len(parts['train'])} distinct prompts are too few to keep data.{name}={size} of them "
                 "apart; lower it or bring more prompts"
             )
         parts[name], rest = rest.select(range(size)), rest.select(range(size, len(rest)))
     if len(rest) == 0:
-        raise UserError(f"{config.path}: every prompt of it is in the validation or test file; none is left to train on")
+        raise UserError(f"{_named(config.path)}: every prompt is in the validation or test file too; none is left to train on")
     parts["train"] = rest
     return Splits(**{name: _render_column(part, config, conversational) for name, part in parts.items()})
 
 
-def read_table(path: str, split: str = "train") -> Dataset:
-    """The rows of a csv, json, jsonl or parquet file, or of a split of a hub data set.
+def _named(path: Any) -> str:
+    return path if isinstance(path, str) else "the data set"
+
+
+def read_table(path: Any, split: str = "train") -> Dataset:
+    """The rows of a csv, json, jsonl or parquet file, or of a split of a hub data set; a `Dataset` is its own.
 
     Raises:
         UserError: no such file or data set, an empty or unreadable one.
     """
+    if isinstance(path, Dataset):
+        return path
+    if not isinstance(path, str):
+        raise UserError(f"data.path: expected a file, a hub id or a datasets.Dataset, got {path!r:.60}")
     reader = _READERS.get(Path(path).suffix)
     if reader is None and Path(path).exists():
         raise UserError(f"{path}: expected a file ending in {', '.join(_READERS)}, or the hub id of a data set")
@@ -114,26 +123,11 @@ def _check_prompt(prompt: Any, where: str) -> str:
 def _render_column(rows: Dataset, config: DataConfig, conversational: bool) -> Dataset:
     """`prompt` in TRL's format; the other columns untouched."""
 
-    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = row[config.prompt_column]
-        if not conversational or not isinstance(prompt, str):
-            return {"prompt": prompt}
-        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        return {"prompt": [*system, {"role": "user", "content": prompt}]}
-
     if not conversational and config.system_prompt:
         raise UserError("data.system_prompt needs a base with a chat template; this one has none")
     columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", config.prompt_column)}
-    return Dataset.from_dict({"prompt": [convert(row)["prompt"] for row in rows], **columns})  # type: ignore[arg-type]
-
-
-def prompt_text(prompt: Any) -> str:
-    """What the user said: a text prompt itself, or the user turns of a conversation, one a line."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(turn["content"] for turn in prompt if turn["role"] == "user")
-
-
-def completion_text(completion: Any) -> str:
-    """A completion in TRL's format (text, or a list of one assistant turn) as text."""
-    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+    prompts = [
+        as_prompt(prompt, conversational, config.system_prompt) if isinstance(prompt, str) else prompt
+        for prompt in rows[config.prompt_column]
+    ]
+    return Dataset.from_dict({"prompt": prompts, **columns})

@@ -14,9 +14,10 @@ import transformers
 from emorl.config import UserError
 from emorl.config.reward import RewardDataConfig, RewardExperiment
 from emorl.runs.console import Console
+from emorl.runs.layout import MODEL
 from emorl.runs.run import read_json, write_json, write_text
+from emorl.stages.train_reward import train_reward
 from emorl.training.reward.card import figures_table
-from emorl.training.reward.model import MODEL_DIRECTORY, train_reward
 
 TRAINING = {"learning_rate": 2e-4, "num_train_epochs": 4}
 FAST_ON_CPU = {"attn_implementation": "eager", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -70,7 +71,8 @@ def train_rows(arguments: argparse.Namespace, rows: Rows, settings: dict[str, An
         **settings.pop("data"),
     )
     experiment = RewardExperiment(output=arguments.output, model=arguments.encoder, data=data, seed=arguments.seed, **settings)
-    return train_reward(experiment, Console()) / MODEL_DIRECTORY
+    train_reward(experiment, Console())
+    return experiment.output / MODEL
 
 
 def finish(folder: Path, objective: str, figures: dict[str, float]) -> None:

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from emorl.data import completion_text, prompt_text
-from emorl.objectives import Classifier, Specificity
+from emorl.objectives.models.classifier import Classifier
 from emorl.objectives.models.frozen_model import Dtype
+from emorl.objectives.models.similarity import Specificity
 from emorl.objectives.rules.text import ngrams
+from emorl.policies.conversation import completion_text, prompt_text
 
 GATE_FILE, BANK_FILE = "gate.json", "bank.txt"
 _COPIED = 4  # words in a row that count as copied; one's own words take up to three from the prompt

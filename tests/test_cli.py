@@ -3,12 +3,16 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
 import yaml
 
-from emorl.cli import main
+from emorl.cli import COMMANDS, main
+from emorl.config.experiment import load_experiment
 from emorl.objectives import REGISTRY
 
 pytestmark = [
@@ -99,7 +103,7 @@ def test_a_second_run_does_nothing_again(experiment, finished):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_trained_controller_joins_the_comparison(experiment, finished, tmp_path, capsys):
+def test_a_trained_agent_joins_the_comparison(experiment, finished, tmp_path, capsys):
     pytest.importorskip("torchrl", reason="needs the extra rl")
     copy = shutil.copytree(finished, tmp_path / "run")
     few = ["dynamic.agents=[ppo]", "dynamic.spans=[2]", "dynamic.ppo.updates=1", "dynamic.ppo.prompts=2", "dynamic.span=2"]
@@ -335,16 +339,101 @@ def test_a_wrong_experiment_is_one_line_for_the_check_too(experiment, capsys, ov
     assert message in line
 
 
-@pytest.mark.parametrize("command", ["objectives", "quickstart", "run", "train", "search", "evaluate", "report", "generate"])
-def test_help_teaches(command, capsys, monkeypatch):
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_teaches_the_keys_of_that_command_alone(command, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["emorl", command, "--help"])
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    if command in ("run", "train", "search", "evaluate"):
-        assert "search.proposer [auto]" in text
-        assert "straight to trl.GRPOConfig" in text
+    assert COMMANDS[command].split(";")[0][:40] in " ".join(text.split())
+    keys = {"\n  train.grpo  straight to trl.GRPOConfig": ("run", "train", "compare"),
+            "\n  search.proposer [auto]": ("run", "search", "compare"),
+            "\n  evaluate.attacks [True]": ("run", "evaluate", "compare"),
+            "\n  dynamic.agent.states [True]": ("dynamic",)}  # fmt: skip
+    assert {key: command in commands for key, commands in keys.items()} == {key: key in text for key in keys}
+
+
+def test_without_a_command_the_help_is_shown_and_a_version_is_said(capsys):
+    assert output_of(capsys).startswith("usage: emorl [-h] [--version] COMMAND")
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"emorl {version('emorl')}\n"
+
+
+def test_keys_prints_a_block_or_all_of_them(capsys):
+    assert "fuse.method [linear]" in output_of(capsys, "keys")
+    text = output_of(capsys, "keys", "value")
+    assert text.startswith("  value  ")
+    assert "value.scalarize [mean]" in text
+    assert "search." not in text
+    assert "no block of an experiment is called 'serch'; did you mean 'search'" in mistake(capsys, "keys", "serch")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script_that_completes(capsys, tmp_path, shell):
+    script = tmp_path / "completion"
+    script.write_text(output_of(capsys, "completion", shell))
+    if shell == "bash":
+        asked = {"COMP_CWORD=1 COMP_WORDS=(emorl sea)": "search", "COMP_CWORD=2 COMP_WORDS=(emorl search --sto)": "--storage"}
+        for words, expected in asked.items():
+            code = f'source {script}; {words}; _emorl; printf "%s\\n" "${{COMPREPLY[@]}}"'
+            done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+            assert done.stdout.split() == [expected]
+
+
+def test_init_writes_a_file_that_parses_and_overwrites_nothing(capsys, tmp_path, tiny_base_dir):
+    path, data = tmp_path / "mine.yaml", tmp_path / "prompts.csv"
+    data.write_text("prompt\n" + "\n".join(f"say {i}" for i in range(80)))
+    options = ["--model", str(tiny_base_dir), "--data", str(data)]
+    assert output_of(capsys, "init", path, *options) == ""
+    written = load_experiment(path)
+    assert (written.base.model, written.output.name) == (str(tiny_base_dir), "mine")
+    assert written.train.grpo["max_steps"] == 400
+    assert "is there already; give another FILE" in mistake(capsys, "init", path, *options)
+    few = ["train.grpo.max_steps=1", "train.grpo.eval_steps=1", "search.levels=1", "generation.max_new_tokens=4",
+           "train.grpo.per_device_train_batch_size=8", "evaluate.attacks=false", f"output={tmp_path / 'run'}"]  # fmt: skip
+    assert main(["run", str(path), *few]) == 0
+
+
+def test_generate_takes_weights_and_settings_and_says_which_weights_it_used(finished, capsys):
+    ask = ("generate", finished, "--prompt", "say 1", "--json")
+    search = json.loads((finished / "search" / "result.json").read_text())
+    assert main(list(map(str, ask))) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["weights"] == search["best"]["weights"]
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in search["best"]["weights"].items())
+    assert f"weights: {shown}\n" in captured.err
+    answer = json.loads(output_of(capsys, *ask, "--weights", "vowels=1"))
+    assert answer["weights"] == {"vowels": 1.0, "digits": 0.0}
+    shorter = json.loads(output_of(capsys, *ask, "--weights", "vowels=1", "generation.max_new_tokens=2"))
+    assert len(shorter["completion"]) < len(answer["completion"])
+    assert "no policy is called 'digit'; did you mean 'digits'" in mistake(capsys, *ask, "--weights", "digit=1")
+    assert "use one of both" in mistake(capsys, *ask, "--weights", "digits=1", "--prefer", "digits=1")
+    assert "only settings of decoding" in mistake(capsys, *ask, "seed=1")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "nowhere", "--prompt", "x"], "is not a run directory"),
+        (["generate", "RUN", "--prompt", "x", "--prefer", "vowel=1"], "preferences name vowel"),
+        (["report", "nowhere"], "is not a run directory"),
+        (["search", "EXPERIMENT", "search.levels=x"], "search.levels"),
+        (["train", "EXPERIMENT", "--objective", "vowel"], "did you mean 'vowels'"),
+        (["dynamic", "EXPERIMENT", "value.scalarize=chebyshev"], "chebyshev is no reward"),
+        (["fuse"], "no FILE given"),
+    ],
+)
+def test_a_cheap_mistake_waits_for_no_library(experiment, finished, command, message):
+    """In a process of its own: torch is never imported."""
+    places = {"EXPERIMENT": str(experiment), "RUN": str(finished)}
+    words = [places.get(word, word) for word in command]
+    code = "import sys; from emorl.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert message in done.stderr
 
 
 def test_policies_that_something_else_trained_are_searched_compared_and_reported(

@@ -5,7 +5,8 @@ import pytest
 
 from emorl.config import UserError
 from emorl.config.experiment import DataConfig
-from emorl.data import completion_text, load_prompts, prompt_text
+from emorl.data import load_prompts
+from emorl.policies.conversation import prompt_text
 
 
 def write(path, rows):
@@ -64,10 +65,6 @@ def test_repeated_prompts_are_left_out_also_across_files(tmp_path):
     assert sorted(texts(splits.test)) == ["new", "p0", "p1"]
     assert not set(texts(splits.train)) & {"p0", "p1"}
     assert len(splits.train) == 4
-
-
-def test_completions_of_both_formats_are_text():
-    assert completion_text("a") == completion_text([{"role": "assistant", "content": "a"}]) == "a"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The import rows of the README: a module uses rows above its own, never below, and nothing imports inside functions."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"config"},
     {"runs"},
-    {"data", "policies"},
+    {"policies"},
+    {"data"},
     {"objectives"},
     {"evaluation", "aggregation", "fusion"},
     {"training", "search", "dynamic"},
@@ -26,6 +29,10 @@ def part(path):
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
+def _is_for_types(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(path, *, inside_functions):
     tree = ast.parse(path.read_text())
     nested = {
@@ -34,8 +41,9 @@ def imports(path, *, inside_functions):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(function)
     }
+    for_types = {id(node) for block in ast.walk(tree) if _is_for_types(block) for node in ast.walk(block)}
     for node in ast.walk(tree):
-        if (id(node) in nested) == inside_functions:
+        if (id(node) in nested) == inside_functions and id(node) not in for_types:
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -60,9 +68,40 @@ def test_a_module_imports_only_from_its_own_part_and_rows_above(path):
         assert not name.startswith(("reward_models", "recipes", "analysis")), f"emorl may not import {name}"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "cli.py"], ids=lambda path: path.stem)
+def imports_where_it_works(path):
+    """Whether a module may wait with its imports until it needs them: the command line, the stages, and the lazy registries."""
+    relative = path.relative_to(ROOT / "emorl")
+    return relative.parts[0] in ("cli.py", "__init__.py", "stages")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if not imports_where_it_works(path)], ids=lambda path: path.stem)
 def test_nothing_is_imported_inside_functions(path):
     assert not list(imports(path, inside_functions=True))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_rooms_that_run_or_read_experiments_know_one(path):
+    """Everything else can be used without an `Experiment`."""
+    if part(path) not in ("config", "stages", "reporting", "quickstart", "cli", "__init__"):
+        assert "emorl.config.experiment.Experiment" not in {*imports(path, inside_functions=False)}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part(path) == "reporting"], ids=lambda path: path.stem)
+def test_reporting_only_reads(path):
+    for name in imports(path, inside_functions=False):
+        assert not name.startswith(("torch", "emorl.aggregation", "emorl.dynamic", "emorl.search", "emorl.training")), name
+
+
+def test_files_are_short():
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name for name, count in lines.items() if count > 400} <= {"emorl/aggregation/trie.py"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_have_at_most_50_lines(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 50, node.name
 
 
 def test_there_is_no_import_cycle():
@@ -87,15 +126,29 @@ def test_there_is_no_import_cycle():
         visit(name, [])
 
 
-@pytest.mark.parametrize("module", ["config.experiment", "config.reward", "runs.run", "runs.layout", "cli"])
-def test_a_wrong_config_is_found_without_torch(module):
-    seen, queue = set(), [f"emorl.{module}"]
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "pandas", "optuna")
+LIGHT = [path for path in MODULES if part(path) in ("config", "runs", "stages", "cli", "__init__")]
+LIGHT += [ROOT / "emorl" / "reporting" / "fusion_lines.py", ROOT / "emorl" / "objectives" / "loading.py"]
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_answers_a_cheap_mistake_loads_no_library(path):
+    seen, queue = set(), [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")]
     while queue:
         current = queue.pop()
-        path = ROOT / (current.replace(".", "/") + ".py")
-        if current in seen or not path.exists():
+        file = ROOT / (current.replace(".", "/") + ".py")
+        file = file if file.exists() else ROOT / current.replace(".", "/") / "__init__.py"
+        if current in seen or not file.exists():
             continue
         seen.add(current)
-        for name in imports(path, inside_functions=False):
-            assert name.split(".")[0] not in ("torch", "transformers", "trl", "peft", "datasets"), f"{current} imports {name}"
+        for name in imports(file, inside_functions=False):
+            assert name.split(".")[0] not in HEAVY, f"{current} imports {name}"
             queue += [name, name.rpartition(".")[0]]
+
+
+def test_all_stages_are_imported_without_torch():
+    """In a process of its own, which nothing else has filled."""
+    names = [f"emorl.stages.{path.stem}" for path in (ROOT / "emorl" / "stages").glob("*.py")]
+    code = f"import emorl, {', '.join(names)}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

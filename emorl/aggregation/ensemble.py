@@ -9,8 +9,6 @@ encoder-decoder, each policy's encoder runs once, not once per token.
 """
 
 import inspect
-import json
-import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -20,18 +18,26 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     Cache,
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from emorl.aggregation.policy_encoder import PolicyEncoder, batch_of
 from emorl.aggregation.row_cache import RowCache, has_only_full_attention
+from emorl.aggregation.saved import (
+    Front,
+    load_base_of,
+    preferred_weights,
+    read_saved_adapters,
+    read_settings,
+    reference_to,
+    save,
+)
 from emorl.aggregation.stacked_lora import (
     AggregatingHead,
     StackedLoraLinear,
@@ -41,13 +47,17 @@ from emorl.aggregation.stacked_lora import (
     policy_rows,
     stack_adapters,
 )
-from emorl.policies.adapters import Adapter, base_fingerprint, read_adapter
+from emorl.config import UserError, nearest
+from emorl.policies.adapters import Adapter, base_fingerprint
 
 BASE_POLICY = "base"
 _NEEDED_OF_DECODERS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 _NEEDED_OF_ENCODER_DECODERS = ("attention_mask", "decoder_attention_mask", "encoder_outputs", "past_key_values")
 
-Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
+Vector = Sequence[float] | Mapping[str, float]
+"""one weight for each policy: in policy order (K,), or by name"""
+
+Weights = Vector | Sequence[Vector] | Tensor
 
 
 class AdapterMixture(PreTrainedModel, GenerationMixin):
@@ -55,7 +65,8 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
 
     The base's parameters are shared, not copied: `.to()` and dtype changes reach the base too. Weights are not
     normalised: under greedy decoding only their direction matters, when sampling their sum acts as an inverse
-    temperature. Beside what `generate()` knows, it takes `weights`: one vector (K,) or one row per sequence (B, K).
+    temperature. Beside what `generate()` knows, it takes `weights`: one vector (K,) or one row per sequence (B, K), as
+    numbers in policy order or as mappings by policy name.
     """
 
     main_input_name = "input_ids"
@@ -69,7 +80,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         self,
         base_model: PreTrainedModel,
         adapters: Mapping[str, Adapter],
-        weights: Sequence[float] | None = None,
+        weights: Vector | None = None,
         include_base: bool = False,
     ) -> None:
         """`adapters` maps policy names to adapters, in policy order; `weights` defaults to 1/K each.
@@ -113,9 +124,9 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         return self._weights
 
     @weights.setter
-    def weights(self, weights: Sequence[float]) -> None:
+    def weights(self, weights: Vector) -> None:
         self._weights_by_row(weights, 1)  # checks them
-        self._weights: tuple[float, ...] = tuple(float(weight) for weight in weights)
+        self._weights: tuple[float, ...] = tuple(map(float, self.in_order(weights)))
 
     @property
     @abstractmethod
@@ -153,7 +164,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
-        batch = _batch_of(decoder_input_ids, input_ids, inputs_embeds)
+        batch = batch_of(decoder_input_ids, input_ids, inputs_embeds)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)
         with mixing(rows, active):
             arguments = {name: self._model_rows(value, batch) for name, value in by_sequence.items() if value is not None}
@@ -185,10 +196,10 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """Of an encoder-decoder: its encoder for all policies, whose hidden states (B, S, K*H) keep one row per
         sequence, as transformers expects when it repeats them for beams."""
-        return _PolicyEncoder(self) if self.config.is_encoder_decoder else super().get_encoder(modality)
+        return PolicyEncoder(self) if self.config.is_encoder_decoder else super().get_encoder(modality)
 
     def _unpacked(self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...]) -> BaseModelOutput:
-        """What `_PolicyEncoder` gave, (B, S, K*H), as the decoder's rows (B*K, S, H)."""
+        """What `PolicyEncoder` gave, (B, S, K*H), as the decoder's rows (B*K, S, H)."""
         by_policy = encoder_outputs[0].unflatten(-1, (-1, self.config.hidden_size))  # (B, S, K, H)
         hidden: Any = by_policy.transpose(1, 2).flatten(0, 1)
         return BaseModelOutput(last_hidden_state=hidden)
@@ -227,9 +238,20 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             *args, **kwargs
         )
 
+    def in_order(self, weights: Any) -> Any:
+        """Weights by policy name, or a sequence of such mappings, as numbers in policy order; what is not named is 0."""
+        if isinstance(weights, Mapping):
+            unknown = [name for name in weights if name not in self.policy_names]
+            if unknown:
+                raise UserError(f"weights name {unknown[0]!r}, which is no policy; {nearest(unknown[0], self.policy_names)}")
+            return [float(weights.get(name, 0.0)) for name in self.policy_names]
+        if not isinstance(weights, Tensor) and len(weights) and isinstance(weights[0], Mapping):
+            return [self.in_order(row) for row in weights]
+        return weights
+
     def _weights_by_row(self, weights: Weights, batch: int) -> Tensor:
         """Checked weights (B, K) in float32 on the model's device."""
-        rows = torch.as_tensor(weights, dtype=torch.float32)
+        rows = torch.as_tensor(self.in_order(weights), dtype=torch.float32)
         policies = len(self.policy_names)
         if tuple(rows.shape) not in ((policies,), (batch, policies)):
             raise ValueError(
@@ -250,58 +272,56 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         return self.policies.get_input_embeddings()
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, save_directory: str | Path, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        front: Front | None = None,
     ) -> None:
-        """Write `config.json` with references, no parameters: where base and adapters are (local paths relative to this
-        directory, so that a run directory can be moved as a whole), their scales, policy order, weights, include_base."""
-        if kwargs:
-            raise ValueError(f"save_pretrained() got {sorted(kwargs)}; references are saved, there are no options.")
-        base = self.name_or_path
-        if not base:
-            raise ValueError("The base model was made in memory; save it and load it from there first.")
-        directory = Path(save_directory).resolve()
-        directory.mkdir(parents=True, exist_ok=True)
-        references = {
+        """Writes a folder that can be copied alone: the adapters, how they are combined, which base they belong to, and a
+        tokenizer and a search's front where they are given. The base stays where it is."""
+        folder = Path(save_directory).resolve()
+        settings = {
             "combination": type(self).__name__,
-            "base": os.path.relpath(Path(base).resolve(), directory) if Path(base).is_dir() else base,
-            "base_is_directory": Path(base).is_dir(),
+            "base": reference_to(self.name_or_path or "", folder),
             "base_fingerprint": self._base_fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "adapters": {name: os.path.relpath(path.resolve(), directory) for name, path in self.adapter_paths.items()},
             "adapter_scales": self.adapter_scales,
             "weights": list(self.weights),
             "include_base": self.include_base,
         }
-        (directory / "config.json").write_text(json.dumps(references, indent=2) + "\n")
+        save(folder, settings, self.adapter_paths, tokenizer, front)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, directory: str | Path, **base_options: Any
+        cls,
+        directory: str | Path,
+        *,
+        base: PreTrainedModel | None = None,
+        prefer: Mapping[str, float] | None = None,
+        weights: Vector | None = None,
+        **base_options: Any,
     ) -> Self:
-        """Load what `save_pretrained` wrote; `base_options` go to the base's own `from_pretrained` (device_map, …)."""
-        file = Path(directory).resolve() / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{directory} holds no config.json; expected what {cls.__name__}.save_pretrained() wrote.")
-        references = json.loads(file.read_text())
-        if references.get("combination") != cls.__name__:
-            raise ValueError(f"{file} is of a {references.get('combination')}, not of a {cls.__name__}; use that.")
+        """Loads what `save_pretrained` wrote, such as the ensemble that a search found.
 
-        def located(kind: str, reference: str) -> Path:
-            path = (file.parent / reference).resolve()
-            if not path.is_dir():
-                raise ValueError(f"{file} refers to the {kind} in {path}, which has gone; put it back or correct it.")
-            return path
+            HiddenStateEnsemble.from_pretrained("runs/mine/search/ensemble", prefer={"reflection": 0.7, "empathy": 0.3})
 
-        paths = {name: located(f"adapter of policy {name!r}", path) for name, path in references["adapters"].items()}
-        base = located("base model", references["base"]) if references["base_is_directory"] else references["base"]
-        base_options.setdefault("dtype", getattr(torch, references["dtype"]))
-        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(base).is_encoder_decoder else AutoModelForCausalLM
-        base_model = kind.from_pretrained(base, **base_options)
-        if base_fingerprint(base_model) != references["base_fingerprint"]:
-            raise ValueError(f"{file} was saved over another base than {base} holds now; put the former base back.")
-        scales = references.get("adapter_scales", {})
-        adapters = {name: read_adapter(path, scales.get(name, 1.0)) for name, path in paths.items()}
-        return cls(base_model, adapters, references["weights"], references["include_base"])
+        Args:
+            base: the model that the policies belong to, if it is loaded already.
+            prefer: importance by objective: the front's point that suits it best, instead of the best that was found.
+            weights: or weights of the policies.
+            base_options: go to the base's own `from_pretrained` (device_map, …).
+
+        Raises:
+            UserError: no such ensemble, or a base that has gone or changed.
+        """
+        folder = Path(directory).resolve()
+        settings = read_settings(folder, cls.__name__)
+        if prefer is not None:
+            weights = preferred_weights(folder, prefer)
+        base_model = load_base_of(folder, settings, base, base_options)
+        adapters = read_saved_adapters(folder, settings["adapter_scales"])
+        return cls(base_model, adapters, settings["weights"] if weights is None else weights, settings["include_base"])
 
 
 class HiddenStateEnsemble(AdapterMixture):
@@ -321,7 +341,7 @@ class HiddenStateEnsemble(AdapterMixture):
         self,
         base_model: PreTrainedModel,
         adapters: Mapping[str, Adapter],
-        weights: Sequence[float] | None = None,
+        weights: Vector | None = None,
         include_base: bool = False,
     ) -> None:
         super().__init__(base_model, adapters, weights, include_base)
@@ -367,33 +387,3 @@ class ParameterAverage(AdapterMixture):
 
 MIXTURES: Mapping[str, type[AdapterMixture]] = {"hidden_states": HiddenStateEnsemble, "parameters": ParameterAverage}
 """what `ensemble.aggregate` names"""
-
-
-class _PolicyEncoder(nn.Module):
-    """The encoder of a mixture as `generate()` calls it: once per batch, for all policies."""
-
-    def __init__(self, mixture: AdapterMixture) -> None:
-        super().__init__()
-        self._mixture = [mixture]  # in a list, so that it is no submodule of its own part
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutput:
-        """Hidden states (B, S, K*H) for input_ids (B, S)."""
-        mixture, batch = self._mixture[0], _batch_of(input_ids, inputs_embeds)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        rows = {name: mixture._model_rows(value, batch) for name, value in given.items() if value is not None}
-        by_row = mixture.policies.get_encoder()(**rows, **kwargs)[0]  # (B*K, S, H)
-        hidden: Any = by_row.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
-        return BaseModelOutput(last_hidden_state=hidden)
-
-
-def _batch_of(*tensors: Tensor | None) -> int:
-    given = next((tensor for tensor in tensors if tensor is not None), None)
-    if given is None:
-        raise ValueError("Neither input_ids nor inputs_embeds given; expected one of them.")
-    return given.shape[0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
 
-from emorl.aggregation.ensemble import AdapterMixture, HiddenStateEnsemble
+from emorl.aggregation.ensemble import AdapterMixture, HiddenStateEnsemble, Weights
 from emorl.aggregation.prefixes import UNKNOWN, Array, Choices, PrefixTree, Store, highest, undominated
 from emorl.aggregation.reading import CausalReader, Seq2SeqReader
 from emorl.aggregation.row_cache import RowLayer
@@ -141,13 +141,14 @@ class TrieDecoder:
         self._read_prompts(memory)
 
     @torch.no_grad()
-    def decode(self, weights: Tensor | Sequence[Sequence[float]], prompts: Sequence[int] | None = None) -> Tensor:
-        """New tokens (C, P, T) for weights (C, K), none negative; P counts `prompts` (all by default), T is max_new_tokens.
+    def decode(self, weights: Weights, prompts: Sequence[int] | None = None) -> Tensor:
+        """New tokens (C, P, T) for weights (C, K) or C mappings by policy name, none negative; P counts `prompts` (all by
+        default), T is max_new_tokens.
 
         Raises:
             ValueError: weights of another shape, negative, not finite, or all zero; prompts that are not there.
         """
-        weights = torch.as_tensor(weights, dtype=torch.float32)
+        weights = torch.as_tensor(self._ensemble.in_order(weights), dtype=torch.float32)
         self._check(weights)
         known = len(self._prompt_places)
         chosen = np.arange(known) if prompts is None else np.array(prompts, np.int64)

@@ -7,6 +7,8 @@ from pydantic.dataclasses import dataclass
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+AgentKind = Literal["ppo", "mappo"]
+
 
 @dataclass(frozen=True, config=_strict)
 class AgentConfig:
@@ -76,15 +78,17 @@ class DynamicConfig:
     """of different models: the union of each one's most probable tokens (UniTE), or of all tokens (GaC)"""
     top_k: int = Field(default=10, ge=1)
     """most probable tokens of each model"""
-    agents: list[Literal["ppo", "mappo"]] = Field(default_factory=lambda: ["ppo", "mappo"], min_length=1)
-    """which controllers are trained: one agent for all weights, or one for each model with a central critic"""
+    agents: list[AgentKind] = Field(default_factory=lambda: ["ppo", "mappo"], min_length=1)
+    """which agents are trained: ppo has one network for all weights, mappo one for each model with a central critic"""
     span: int | Literal["turn"] = 8
     """tokens between two decisions (paper: 8); turn: one decision for each answer"""
     spans: list[int] = Field(default_factory=lambda: [1, 4, 8, 16, 32])
-    """span lengths at which the best controller is compared"""
+    """span lengths at which the best agent is compared"""
     turns: Literal["last", "all"] = "last"
     """of a conversation: only its last user turn is answered, or every one, with what was answered before as history; each
     answer is rewarded"""
+    batch: int = Field(default=64, ge=1)
+    """texts written together"""
     fixed_step: float = Field(default=0.25, gt=0, le=1)
     """distance of the fixed weights among which the best rival is searched"""
     agent: AgentConfig = Field(default_factory=AgentConfig)

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from emorl.config import UserError
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
+from emorl.config.objects import TextOrObject, short_form
 from emorl.config.yaml import apply_overrides, parse, read_yaml
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -23,16 +24,25 @@ _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(frozen=True, config=_strict)
 class BaseConfig:
-    model: str
-    """hub id or folder of the base language model: a decoder (trained by GRPO) or an encoder-decoder (by SCST)"""
+    model: TextOrObject
+    """hub id or folder of the base language model: a decoder (trained by GRPO) or an encoder-decoder (by SCST); in Python also
+    a loaded model. `base: X` alone is short for it"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision the base is loaded in"""
+    tokenizer: TextOrObject | None = None
+    """hub id or folder of a tokenizer, in Python also a loaded one; the model's own by default"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return value if isinstance(value, cls) else short_form("model", value)
 
 
 @dataclass(frozen=True, config=_strict)
 class DataConfig:
-    path: str
-    """prompts: a csv, json, jsonl or parquet file, or a data set's hub id"""
+    path: TextOrObject
+    """prompts: a csv, json, jsonl or parquet file, or a data set's hub id; in Python also a `datasets.Dataset`. `data: X` alone
+    is short for it"""
     split: str = "train"
     """split of a hub data set"""
     prompt_column: str = "prompt"
@@ -45,10 +55,15 @@ class DataConfig:
     """prompts kept for the final comparison; neither training nor search sees them"""
     seed: int | None = None
     """seed of the splits; the experiment's by default. `emorl compare` keeps it while it varies the others"""
-    validation_path: str | None = None
+    validation_path: TextOrObject | None = None
     """a file or hub id of its own for the validation prompts"""
-    test_path: str | None = None
+    test_path: TextOrObject | None = None
     """a file or hub id of its own for the test prompts"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return value if isinstance(value, cls) else short_form("path", value)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -81,8 +96,9 @@ class TransformConfig:
 
 @dataclass(frozen=True, config=_strict)
 class ObjectiveConfig:
-    function: str
-    """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute"""
+    function: TextOrObject
+    """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute; in
+    Python also a reward function or class itself"""
     options: dict[str, Any] = Field(default_factory=dict)
     """options of that function; may be written beside `function` directly (one called `transform` only here)"""
     transform: TransformConfig | None = None
@@ -92,10 +108,9 @@ class ObjectiveConfig:
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        """`reflection: package.module:f` and options written beside `function`."""
-        content = dict(getattr(value, "kwargs", None) or {}) if not isinstance(value, (str, dict)) else value
-        if isinstance(content, str):
-            return {"function": content}
+        """`reflection: package.module:f` (or a callable) and options written beside `function`."""
+        value = value if isinstance(value, cls) else short_form("function", value)
+        content = value if isinstance(value, dict) else dict(getattr(value, "kwargs", None) or {})
         options = {k: v for k, v in content.items() if k not in ("function", "options", "transform")}
         options |= content.get("options") or {}
         return {"function": content.get("function"), "options": options, "transform": content.get("transform")}
@@ -287,7 +302,7 @@ class Experiment:
     fuse: PolicyFuseConfig = Field(default_factory=PolicyFuseConfig)
     """`emorl fuse`: the policies' parameters become one policy"""
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
-    """`emorl dynamic`: a controller that sets the weights anew for every span of text"""
+    """`emorl dynamic`: an agent that sets the weights anew for every span of text"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | None = None
@@ -320,10 +335,6 @@ class Experiment:
         """The policies that `train.mode` trains: one for each objective, or a single one that bears the mode's name."""
         return list(self.objectives) if self.train.mode == "ensemble" else [self.train.mode]
 
-    def training_of(self, name: str) -> Path:
-        """Directory of a policy's training run."""
-        return (self.policies or self.output) / "train" / name
-
 
 def _check_preferences(where: str, preferences: Mapping[str, float], objectives: Sequence[str]) -> None:
     unknown = sorted(set(preferences) - set(objectives))
@@ -352,7 +363,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return parse(Experiment, content, str(path))
 
 
-def load_run(directory: Path) -> Experiment:
+def load_kept_experiment(directory: Path) -> Experiment:
     """The experiment whose stages have run in `directory` (its resolved copy there)."""
     resolved = directory / "experiment.yaml"
     if not resolved.is_file():

@@ -55,7 +55,7 @@ class StrataConfig:
     anchor: float = Field(default=0.2, gt=0, lt=1)
     """share of every stratum's validation prompts that all candidates answer"""
     adaptive: float = Field(default=0.5, gt=0, lt=1)
-    """share of which a controller uses more or fewer; the rest is the holdout, which only what was found answers"""
+    """share of which the search uses more or fewer; the rest is the holdout, which only what was found answers"""
     total: int | None = Field(default=None, ge=1)
     """adaptive prompts that a candidate answers; half of them by default"""
     floor: int = Field(default=1, ge=1)

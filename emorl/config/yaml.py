@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from emorl.config import UserError, nearest
+from emorl.config.objects import shown_name
 
 Config = TypeVar("Config")
 
@@ -171,21 +172,25 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation, *(kind for inner in getattr(annotation, "__args__", ()) for kind in _kinds(inner))]
 
 
-def as_mapping(config: Any) -> dict[str, Any]:
-    """A dataclass as plain YAML-able values (paths as text)."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+def as_mapping(config: Any, name_object: Callable[[Any], str] = shown_name) -> dict[str, Any]:
+    """A dataclass as plain YAML-able values (paths as text); `name_object` gives the text of an object that stands in place of
+    a path."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json", fallback=name_object)
 
 
-def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Any, name_object: Callable[[Any], str] = shown_name) -> str:
+    return yaml.safe_dump(as_mapping(config, name_object), sort_keys=False, allow_unicode=True)
 
 
-def describe(config_class: type, prefix: str = "") -> str:
-    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole."""
+def describe(config_class: type, prefix: str = "", only: Collection[str] = ()) -> str:
+    """The keys of a config block with defaults and meanings, for `--help`: a paragraph for each block of the whole, or for
+    `only` some of them."""
     lines = []
     documents = TypeAdapter(config_class).json_schema()
     properties = documents.get("properties", {})
     for field in dataclasses.fields(config_class):
+        if only and field.name not in only:
+            continue
         name, meaning = f"{prefix}{field.name}", properties.get(field.name, {}).get("description", "")
         block = next((kind for kind in _kinds(field.type) if _is_block(kind)), None)
         if block is not None and not prefix:

@@ -1,4 +1,4 @@
-"""Texts written by an engine under a controller, span by span and, of conversations, turn by turn."""
+"""Texts written by an engine with weights chosen on the way, span by span and, of conversations, turn by turn."""
 
 import time
 from collections.abc import Sequence
@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emorl.dynamic.agents.agent import Agent
-from emorl.dynamic.agents.observation import Controller, Situation
+from emorl.dynamic.agents.agent import SpanAgent
+from emorl.dynamic.agents.observation import Situation, WeightChooser
 from emorl.dynamic.engines.engine import Decoding, Engine
-from emorl.policies.prompts import as_completion
+from emorl.policies.conversation import as_completion
 
 Turns = Literal["last", "all"]
+Span = int | Literal["turn"]
+"""tokens between two choices of weights; turn: one choice for each answer"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decisions:
-    """N decisions by prompt, then in the order of time: `Agent.sample`'s tensors, and of which prompt and turn each is, both
-    (N,)."""
+    """N decisions by prompt, then in the order of time: `SpanAgent.sample`'s tensors, and of which prompt and turn each is,
+    both (N,)."""
 
     data: dict[str, Tensor]
     rows: Tensor
@@ -40,12 +42,12 @@ class Decisions:
 
 @dataclass
 class Rollout:
-    """Answers by row and turn, and the seconds they took: all, and the controller's share."""
+    """Answers by row and turn, and the seconds they took: all, and those of choosing weights."""
 
     answers: list[Answer] = field(default_factory=list)
     decisions: Decisions | None = None
     seconds: float = 0.0
-    controller_seconds: float = 0.0
+    choosing_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -53,20 +55,20 @@ class Rollout:
 
 
 class Sampler:
-    """An agent's sampled actions as a `Controller`, which keeps its decisions. Noise belongs to each text, so a batch changes
-    no text's noise.
+    """An agent's sampled actions as a `WeightChooser`, which keeps its decisions. Noise belongs to each text, so a batch
+    changes no text's noise.
 
     Args:
         seeds: of the texts, one each.
     """
 
-    def __init__(self, agent: Agent, seeds: Sequence[int]) -> None:
+    def __init__(self, agent: SpanAgent, seeds: Sequence[int]) -> None:
         self._agent = agent
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.decisions: list[tuple[dict[str, Tensor], Tensor, int]] = []  # decision, rows of the texts, turn
 
     def __call__(self, situation: Situation) -> Tensor:
-        """As `Controller.__call__`."""
+        """As `WeightChooser.__call__`."""
         rows = situation.rows[situation.open_]
         noise = torch.stack([torch.randn(self._agent.models, generator=self._generators[row]) for row in rows.tolist()])
         weights, decision = self._agent.sample(situation, noise)
@@ -77,10 +79,10 @@ class Sampler:
 def write(
     engine: Engine,
     prompts: Sequence[Any],
-    controller: Controller,
+    chooser: WeightChooser,
     decoding: Decoding,
     *,
-    span: int | Literal["turn"],
+    span: Span,
     turns: Turns = "last",
     seeds: Sequence[int] | None = None,
 ) -> Rollout:
@@ -100,15 +102,15 @@ def write(
         rows = [row for row, asked in enumerate(questions) if turn < len(asked)]
         asked = [_with_history(histories[row], questions[row][turn]) for row in rows]
         decoding_now = replace(decoding, seed=decoding.seed + 7919 * turn)
-        answers = _write_turn(engine, asked, rows, controller, decoding_now, length, turn, [seeds[row] for row in rows], found)
+        answers = _write_turn(engine, asked, rows, chooser, decoding_now, length, turn, [seeds[row] for row in rows], found)
         for row, prompt, (text, tokens, weights) in zip(rows, asked, answers, strict=True):
             found.answers.append(Answer(row, turn, prompt, text, tokens, weights))
             if not isinstance(prompt, str):
                 histories[row] = [*prompt, as_completion(prompt, text)[0]]
     found.answers.sort(key=lambda answer: (answer.row, answer.turn))
     found.seconds = time.perf_counter() - start
-    if isinstance(controller, Sampler) and controller.decisions:
-        found.decisions = _decisions(controller)
+    if isinstance(chooser, Sampler) and chooser.decisions:
+        found.decisions = _decisions(chooser)
     return found
 
 
@@ -116,25 +118,25 @@ def _write_turn(
     engine: Engine,
     prompts: Sequence[Any],
     rows: Sequence[int],
-    controller: Controller,
+    chooser: WeightChooser,
     decoding: Decoding,
     span: int,
     turn: int,
     seeds: Sequence[int],
     found: Rollout,
 ) -> list[tuple[str, int, list[list[float]]]]:
-    """Text, tokens and weights of each prompt; adds the controller's seconds to `found`."""
+    """Text, tokens and weights of each prompt; adds the seconds of choosing to `found`."""
     writing = engine.begin(prompts, decoding, seeds)
     previous, of_batch = torch.zeros(len(prompts), len(engine.names)), torch.tensor(rows)
     traces: list[list[list[float]]] = [[] for _ in prompts]
     place = 0
     while not bool((finished := writing.finished).all()):
         open_ = (~finished).nonzero().flatten()
-        if engine.device.type == "cuda":  # else the controller's time would be what the models still have to do
+        if engine.device.type == "cuda":  # else the time of choosing would be what the models still have to do
             torch.cuda.synchronize(engine.device)
         start = time.perf_counter()
-        weights = controller(Situation(writing, prompts, of_batch, open_, previous, place, turn, decoding.max_new_tokens))
-        found.controller_seconds += time.perf_counter() - start
+        weights = chooser(Situation(writing, prompts, of_batch, open_, previous, place, turn, decoding.max_new_tokens))
+        found.choosing_seconds += time.perf_counter() - start
         previous = previous.index_copy(0, open_, weights)
         for row, chosen in zip(open_.tolist(), weights.tolist(), strict=True):
             traces[row].append(chosen)

@@ -1,4 +1,4 @@
-"""A router per prompt, the rival between fixed weights and a controller: one model for the whole answer, chosen by ridge
+"""A router per prompt, the rival between fixed weights and an agent: one model for the whole answer, chosen by ridge
 regression from what an agent sees before the first span to each model's value."""
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import Situation
 from emorl.dynamic.engines.engine import Decoding, Engine
 from emorl.dynamic.rollout import Turns, write
@@ -18,7 +18,7 @@ from emorl.dynamic.rollout import Turns, write
 
 @dataclass(frozen=True)
 class Router:
-    """A `Controller` that gives all weight to the model with the highest predicted value.
+    """A `WeightChooser` that gives all weight to the model with the highest predicted value.
 
     Args:
         agent: whose features are seen; nothing that it learnt is used.
@@ -26,13 +26,13 @@ class Router:
         coefficients: (D + 1, K), the last row is the intercept.
     """
 
-    agent: Agent
+    agent: SpanAgent
     mean: NDArray[np.float64]
     scale: NDArray[np.float64]
     coefficients: NDArray[np.float64]
 
     def __call__(self, situation: Situation) -> Tensor:
-        """As `Controller.__call__`; what was chosen at first stays."""
+        """As `WeightChooser.__call__`; what was chosen at first stays."""
         if situation.place:
             return situation.previous[situation.open_]
         seen = (first_features(self.agent, situation) - self.mean) / self.scale
@@ -40,7 +40,7 @@ class Router:
         return torch.eye(predicted.shape[1])[torch.from_numpy(predicted.argmax(1))]
 
 
-def fit_router(agent: Agent, features: NDArray[np.float64], values: NDArray[np.float64]) -> Router:
+def fit_router(agent: SpanAgent, features: NDArray[np.float64], values: NDArray[np.float64]) -> Router:
     """By features (P, D) and the models' values (P, K) on training prompts; the penalty is chosen by leave-one-out error."""
     mean, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
     x, target = (features - mean) / scale, values.mean(0)
@@ -56,7 +56,7 @@ def fit_router(agent: Agent, features: NDArray[np.float64], values: NDArray[np.f
     return Router(agent, mean, scale, np.vstack([best[1], target]))
 
 
-def first_features(agent: Agent, situation: Situation) -> NDArray[np.float64]:
+def first_features(agent: SpanAgent, situation: Situation) -> NDArray[np.float64]:
     """What an agent sees of each open text before its first span, (A, D)."""
     seen = agent.observe(situation)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def first_features(agent: Agent, situation: Situation) -> NDArray[np.float64]:
 
 
 def features_of(
-    agent: Agent, engine: Engine, prompts: Sequence[Any], decoding: Decoding, turns: Turns, batch: int
+    agent: SpanAgent, engine: Engine, prompts: Sequence[Any], decoding: Decoding, turns: Turns, batch: int
 ) -> NDArray[np.float64]:
     """Of prompts, (P, D), as they are seen before the first span of their first turn; one token is written."""
     found: list[NDArray[np.float64]] = []

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emorl.evaluation.pareto import hypervolume
+from emorl.runs.results import Interval
 
 Scores = NDArray[np.float64]
 
@@ -23,16 +24,6 @@ class Offer:
 
     scores: Scores
     best: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One method less another one: the difference, its 95 % interval, and the share of resamples in which it is above 0."""
-
-    difference: float
-    low: float
-    high: float
-    above: float
 
 
 def resampled(
@@ -50,7 +41,7 @@ def resampled(
     rng = np.random.default_rng(seed)
     of_seeds = np.vstack([np.ones(seeds), rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)]) / seeds  # (R+1, S)
     of_prompts = np.vstack([np.ones(prompts), rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples)]) / prompts
-    return {method: _statistics(own, of_seeds, of_prompts, reference) for method, own in offers.items()}
+    return {method: _statistics(of_method, of_seeds, of_prompts, reference) for method, of_method in offers.items()}
 
 
 def _statistics(
@@ -73,8 +64,8 @@ def _means(scores: Scores, of_prompts: Scores) -> Scores:
     return total / np.einsum("rp,npo->rno", of_prompts, known.astype(float))
 
 
-def difference(one: Scores, other: Scores) -> Difference:
+def difference(first: Scores, other: Scores) -> Interval:
     """Of two statistics (R + 1,) of `resampled`."""
-    gap = one - other
+    gap = first - other
     low, high = np.quantile(gap[1:], [0.025, 0.975])
-    return Difference(float(gap[0]), float(low), float(high), float((gap[1:] > 0).mean()))
+    return Interval(float(gap[0]), float(low), float(high), float((gap[1:] > 0).mean()))

@@ -19,6 +19,7 @@ from rapidfuzz.distance import Levenshtein
 
 from emorl.evaluation.agreement import rank_correlation
 from emorl.evaluation.text_metrics import word_tokens
+from emorl.runs.results import Number
 
 PROMPTS = 64
 """most test prompts that attacks answer"""
@@ -45,9 +46,9 @@ Verdict = Literal["hacked", "close", "refused", "unscored"]
 class Correlation:
     """Spearman's rank correlation with its 95 % interval; NaN where one side does not vary."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Attack:
     """
 
     name: str
-    mean: float
-    error: float
+    mean: Number
+    error: Number
     verdict: Verdict
     example: str
 
@@ -100,12 +101,12 @@ class References:
 class Honest:
     """Median and mean score of what is no attack, on the attacked prompts; NaN where there are no references."""
 
-    base_median: float
-    base_mean: float
-    outputs_median: float
-    outputs_mean: float
-    reference_median: float
-    reference_mean: float
+    base_median: Number
+    base_mean: Number
+    outputs_median: Number
+    outputs_mean: Number
+    reference_median: Number
+    reference_mean: Number
 
     @property
     def bar(self) -> float:
@@ -125,13 +126,23 @@ class ObjectiveCheck:
     prompts: int
     scored: int
     honest: Honest
-    bar: float
+    bar: Number
     attacks: tuple[Attack, ...]
     length_of_base: Correlation
     length_of_all: Correlation
 
 
-def check_objective(
+@dataclass(frozen=True)
+class Attacks:
+    """Can the rewards be hacked? Each objective under attack, against `references` where they are named, and by system how
+    alike its answers are."""
+
+    references: str | None
+    objectives: Sequence[ObjectiveCheck]
+    systems: Mapping[str, Sameness]
+
+
+def attack_objective(
     objective: str, score: Score, completions: pd.DataFrame, references: References, base: str, seed: int
 ) -> ObjectiveCheck:
     """Attacks one objective; at most about 2000 scored pairs.

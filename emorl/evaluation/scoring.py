@@ -1,7 +1,7 @@
 """A model, prompts and objectives become a table: one row per completion, one column per objective."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from emorl.config import UserError, nearest
-from emorl.data import prompt_text
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.perplexity import mean_perplexities
 from emorl.evaluation.text_metrics import (
@@ -25,11 +24,9 @@ from emorl.evaluation.text_metrics import (
     words_deviation,
 )
 from emorl.objectives.loading import Objective
-from emorl.policies.prompts import as_completion, decode, encode
+from emorl.policies.conversation import as_completion, prompt_text
+from emorl.policies.prompts import decode, encode
 from emorl.runs.run import Cost
-
-Progress = Callable[[int], None]
-"""called with the number of completions just finished"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,6 @@ def generate(
     samples: int = 1,
     batch: int = 64,
     seed: int = 0,
-    progress: Progress | None = None,
     per_prompt: Mapping[str, torch.Tensor] | None = None,
 ) -> pd.DataFrame:
     """Completions of every prompt, `samples` each: columns prompt_index, sample, prompt, completion, tokens.
@@ -96,8 +92,6 @@ def generate(
             before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # start token, or the prompt
             completion_ids = output[:, before:]  # (B, T)
             rows.append(completions_table(tokenizer, prompts, part, completion_ids))
-            if progress is not None:
-                progress(len(part))
     return pd.concat(rows).sort_values(["prompt_index", "sample"], ignore_index=True)
 
 

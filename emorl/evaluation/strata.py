@@ -5,8 +5,8 @@ different sets as if they were of one. Departures:
 
 - strata (subjects, topics, skills) keep their weights; only how many items of each are used moves (Neyman 1934);
 - in a stratum, items stand in one fixed random order and a prefix of it is used, so that two sets share items;
-- the controller reads scores on the anchor alone, which every candidate sees whole, and the anchor's share of a stratum's mean
-  is that of the first set for good. Were it to follow the counts, a controller that adds items where a candidate looks weak
+- the allocation reads scores on the anchor alone, which every candidate sees whole, and the anchor's share of a stratum's mean
+  is that of the first set for good. Were it to follow the counts, an allocation that adds items where a candidate looks weak
   would thin out bad luck, keep good luck, and so raise scores;
 - the holdout is for the report: the best of many candidates owes part of its score to luck.
 
@@ -45,7 +45,7 @@ class Strata:
 
 @dataclass(frozen=True)
 class Pools:
-    """Disjoint items of each stratum in their fixed random order: seen by every candidate, by the controller's counts, and
+    """Disjoint items of each stratum in their fixed random order: seen by every candidate, by the allocation's counts, and
     never by the search."""
 
     strata: Strata
@@ -73,7 +73,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The controller's settings.
+    """The allocation's settings.
 
     `total` adaptive items per candidate, at least `floor` of each stratum, moved after every `every` candidates towards
     strata whose scores vary (`deviation`: Neyman's allocation) or are low (`weakness`, for scores in [0, 1]).

@@ -1,6 +1,7 @@
 """The model card of a fused adapter: what went in, the settings that make it again, and what was lost on the way."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import yaml
@@ -32,27 +33,39 @@ give the same again.
 """
 
 
-def adapter_card(
-    adapters: Sequence[Adapter],
-    fusion: Fusion,
-    modules: Mapping[str, LowRank],
-    rank: int | None,
-    energy: float | None,
-    seed: int,
-    by_module: Mapping[str, Fusion],
-    origin: str,
-) -> str:
-    """The text of README.md; `by_module` are the modules with a fusion of their own, `origin` who chose the settings."""
+@dataclass(frozen=True)
+class AdapterFusion:
+    """What is asked for: a fusion of all modules, others of some, a rank or an energy to keep, the seed of random masks;
+    `origin` says who chose the settings."""
+
+    fusion: Fusion
+    by_module: Mapping[str, Fusion] = field(default_factory=dict)
+    rank: int | None = None
+    energy: float | None = None
+    seed: int = 0
+    origin: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is cut off what the method gives."""
+        return self.rank is None and self.energy is None
+
+    def fusion_of(self, module: str) -> Fusion:
+        return self.by_module.get(module, self.fusion)
+
+
+def adapter_card(adapters: Sequence[Adapter], wanted: AdapterFusion, modules: Mapping[str, LowRank]) -> str:
+    """The text of README.md."""
+    fusion = wanted.fusion
     front_matter = {"library_name": "peft", "tags": ["emorl", "lora", "merge", fusion.method]}
     if adapters[0].base_name:
         front_matter["base_model"] = adapters[0].base_name
     settings = {
         "method": fusion.method,
-        **OPERATORS[fusion.method].settings,
-        **fusion.settings,
-        "rank": rank,
-        "energy": energy,
-        "seed": seed,
+        **OPERATORS[fusion.method].complete(fusion.settings),
+        "rank": wanted.rank,
+        "energy": wanted.energy,
+        "seed": wanted.seed,
     }
     if fusion.method == "slerp":
         settings["space"] = "task_vectors"
@@ -63,24 +76,25 @@ def adapter_card(
         count=len(adapters),
         plural="s" if len(adapters) > 1 else "",
         versions=", ".join(f"{name} {version(name)}" for name in ("emorl", "torch", "peft")),
-        origin=f"\n{origin}\n" if origin else "",
+        origin=f"\n{wanted.origin}\n" if wanted.origin else "",
         sources="\n".join(
-            f"| {one.path} | {weight} | {one.scale} | {one.base_name or 'not recorded'} |" for one, weight in weighted
+            f"| {adapter.path} | {weight} | {adapter.scale} | {adapter.base_name or 'not recorded'} |"
+            for adapter, weight in weighted
         ),
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None),
         total=_kept_in_all(modules),
         modules="\n".join(
-            f"| {name} | {_described(by_module.get(name))} | {one.a.shape[1]} | {one.kept_energy:.6f} |"
-            for name, one in modules.items()
+            f"| {name} | {_described(wanted.by_module.get(name))} | {module.a.shape[1]} | {module.kept_energy:.6f} |"
+            for name, module in modules.items()
         ),
     )
 
 
-def _described(own: Fusion | None) -> str:
-    return "as above" if own is None else f"{own.method} {', '.join(f'{weight:g}' for weight in own.weights)}"
+def _described(fusion: Fusion | None) -> str:
+    return "as above" if fusion is None else f"{fusion.method} {', '.join(f'{weight:g}' for weight in fusion.weights)}"
 
 
 def _kept_in_all(modules: Mapping[str, LowRank]) -> float:
-    left = {name: float(factor_gram([(one.a, one.b)])) for name, one in modules.items()}
-    before = sum(left[name] / one.kept_energy for name, one in modules.items())
+    left = {name: float(factor_gram([(module.a, module.b)])) for name, module in modules.items()}
+    before = sum(left[name] / module.kept_energy for name, module in modules.items())
     return sum(left.values()) / before if before > 0 else 1.0

@@ -18,20 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emorl.config import UserError
-from emorl.fusion.adapter_card import adapter_card
+from emorl.fusion.adapter_card import AdapterFusion, adapter_card
 from emorl.fusion.low_rank import Factors, LowRank, check_truncation, compress, concatenate, factor_gram, factorize
-from emorl.fusion.operators import (
-    Fusion,
-    check_fusion,
-    fuse_tensor,
-    karcher_coefficients,
-    slerp_coefficients,
-    stock_coefficients,
-)
+from emorl.fusion.operators import Fusion, check_fusion, coefficients_of, fuse_tensor
 from emorl.policies.adapters import Adapter
 from emorl.runs.run import write_json, write_text, written_whole_directory
-
-_WEIGHTED_SUMS = ("linear", "task_arithmetic", "keep", "slerp", "model_stock")  # of deltas; all others: entry by entry
 
 
 def concatenate_adapters(adapters: Sequence[Adapter], weights: Sequence[float], output_dir: str | Path) -> Path:
@@ -75,65 +66,50 @@ def fuse_adapters(
             whose results have full rank, the sum of the adapters' ranks, the size of their concatenation.
         energy: instead of a rank: each module keeps at least this share of its squared Frobenius norm.
         seed: of DARE's random masks; they are those of a fusion of the whole models.
-        by_module: module -> its own fusion, instead of `fusion`.
+        by_module: module -> the fusion that it has instead of `fusion`.
         origin: for the card: who chose the settings.
 
     Raises:
         UserError: unknown method, setting out of range, adapters that do not go together, or `output_dir` is not empty.
     """
-    own = by_module or {}
-    check_truncation(rank, energy)
-    for one in (fusion, *own.values()):
-        check_fusion(one, len(adapters), has_base=True)
-        if one.settings.get("space", "task_vectors") != "task_vectors":
-            raise UserError("slerp of adapters is between their deltas: set `space` to task_vectors or leave it out")
-        _unit_vectors_fused(one)  # refuses what the method itself refuses, before anything is read
+    wanted = AdapterFusion(fusion, by_module or {}, rank, energy, seed, origin)
+    _check(wanted, len(adapters))
     fingerprint = _common_fingerprint(adapters)
     output = Path(output_dir)
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; give another output, or move it away")
     with written_whole_directory(output) as partial:
-        modules = {
-            name: _fused_module(name, adapters, own.get(name, fusion), rank, energy, seed) for name in _module_names(adapters)
-        }
+        modules = {name: _fused_module(name, adapters, wanted) for name in _module_names(adapters)}
         fused = {name: module for name, module in modules.items() if module is not None}
         if not fused:
             raise UserError(f"{fusion.method} with the weights {list(fusion.weights)} leaves nothing of these adapters")
         _write(partial, {name: (module.a, module.b) for name, module in fused.items()}, adapters[0], fingerprint)
-        write_text(partial / "README.md", adapter_card(adapters, fusion, fused, rank, energy, seed, own, origin))
+        write_text(partial / "README.md", adapter_card(adapters, wanted, fused))
     return output
 
 
-def _fused_module(
-    name: str, adapters: Sequence[Adapter], fusion: Fusion, rank: int | None, energy: float | None, seed: int
-) -> LowRank | None:
+def _check(wanted: AdapterFusion, adapters: int) -> None:
+    check_truncation(wanted.rank, wanted.energy)
+    for fusion in (wanted.fusion, *wanted.by_module.values()):
+        check_fusion(fusion, adapters, has_base=True)
+        if fusion.settings.get("space", "task_vectors") != "task_vectors":
+            raise UserError("slerp of adapters is between their deltas: set `space` to task_vectors or leave it out")
+
+
+def _fused_module(name: str, adapters: Sequence[Adapter], wanted: AdapterFusion) -> LowRank | None:
     """None where all coefficients are 0."""
-    factors = _module_factors(name, adapters)
-    complete = rank is None and energy is None
-    if fusion.method not in _WEIGHTED_SUMS:
-        delta = _fused_delta(f"{name}.weight", factors, fusion, seed, adapters[0].fan_in_fan_out)
-        return factorize(delta, rank=sum(a.shape[1] for a, _ in factors) if complete else rank, energy=energy)
-    weighted = zip(factors, _coefficients(fusion, factors), strict=True)
+    fusion, factors = wanted.fusion_of(name), _module_factors(name, adapters)
+    coefficients = coefficients_of(fusion, lambda: factor_gram(factors))
+    if coefficients is None:
+        delta = _fused_delta(f"{name}.weight", factors, fusion, wanted.seed, adapters[0].fan_in_fan_out)
+        rank = sum(a.shape[1] for a, _ in factors) if wanted.is_complete else wanted.rank
+        return factorize(delta, rank=rank, energy=wanted.energy)
+    weighted = zip(factors, coefficients, strict=True)
     chosen = [((a, b), coefficient) for (a, b), coefficient in weighted if coefficient != 0 and a.shape[1] > 0]
     if not chosen:
         return None
     a, b = concatenate([pair for pair, _ in chosen], [coefficient for _, coefficient in chosen])
-    return LowRank(a, b) if complete else compress(a, b, rank=rank, energy=energy)
-
-
-def _coefficients(fusion: Fusion, factors: Sequence[Factors]) -> list[float]:
-    if fusion.method == "model_stock":
-        return stock_coefficients(factor_gram(factors))
-    if fusion.method == "slerp":
-        shares = _unit_vectors_fused(Fusion("linear", fusion.weights))
-        return (slerp_coefficients if len(factors) == 2 else karcher_coefficients)(factor_gram(factors), shares)
-    return _unit_vectors_fused(fusion)
-
-
-def _unit_vectors_fused(fusion: Fusion) -> list[float]:
-    """What the method makes of unit vectors: its coefficients, if they do not depend on the tensors."""
-    count = len(fusion.weights)
-    return fuse_tensor(fusion, list(torch.eye(count)), torch.zeros(count)).tolist()
+    return LowRank(a, b) if wanted.is_complete else compress(a, b, rank=wanted.rank, energy=wanted.energy)
 
 
 def _fused_delta(name: str, factors: Sequence[Factors], fusion: Fusion, seed: int, fan_in_fan_out: bool) -> Tensor:
@@ -149,16 +125,16 @@ def _module_names(adapters: Sequence[Adapter]) -> list[str]:
 
 def _module_factors(name: str, adapters: Sequence[Adapter]) -> list[Factors]:
     """A (in, r), B (r, out) of one module by adapter; r = 0 for an adapter that lacks it."""
-    found = {index: adapter.factors[name] for index, adapter in enumerate(adapters) if name in adapter.factors}
-    shapes = sorted({(a.shape[0], b.shape[1]) for a, b in found.values()})
+    present = {index: adapter.factors[name] for index, adapter in enumerate(adapters) if name in adapter.factors}
+    shapes = sorted({(a.shape[0], b.shape[1]) for a, b in present.values()})
     if len(shapes) > 1:
         raise UserError(f"The adapters map different shapes {shapes} at {name!r}; fuse adapters of one base.")
-    for index, factors in found.items():
+    for index, factors in present.items():
         if not all(factor.isfinite().all() for factor in factors):
             raise UserError(f"The adapter in {adapters[index].path} holds NaN or infinity at {name!r}; train it again.")
     ((inputs, outputs),) = shapes
     absent = torch.zeros(inputs, 0), torch.zeros(0, outputs)
-    return [found.get(index, absent) for index in range(len(adapters))]
+    return [present.get(index, absent) for index in range(len(adapters))]
 
 
 def _common_fingerprint(adapters: Sequence[Adapter]) -> str | None:

@@ -98,7 +98,7 @@ def same_tensors(
     """A plan that fuses every tensor with its namesakes. What `fusion_of` keeps of one model need not be in the others."""
     names = dict.fromkeys(name for model in [*([base] if base else []), *models] for name in model.entries)
     planned = [FusedTensor(name, fusion_of(name), (name,) * len(models), name) for name in names]
-    return tuple(one for one in planned if one.fusion.method != "keep" or _kept(one, models) is not None)
+    return tuple(tensor for tensor in planned if tensor.fusion.method != "keep" or _kept(tensor, models) is not None)
 
 
 def _kept(planned: FusedTensor, models: Sequence[Checkpoint]) -> str | None:
@@ -133,11 +133,11 @@ def fuse_checkpoints(what: CheckpointFusion, output: Path, files: Mapping[str, s
             (directory / name).write_text(text, encoding="utf-8")
         with ShardWriter(directory, specs, _SHARD_SIZE) as writer, tensor_workers() as pool:
 
-            def fuse_one(planned: FusedTensor, spec: TensorSpec) -> str:
+            def write_fused(planned: FusedTensor, spec: TensorSpec) -> str:
                 writer.write(spec.name, _fused(planned, what).to(spec.dtype))
                 return spec.name
 
-            for name in pool.map(fuse_one, what.tensors, specs):
+            for name in pool.map(write_fused, what.tensors, specs):
                 bar.advance(1, name)
     return output
 
@@ -146,7 +146,7 @@ def check_checkpoints(what: CheckpointFusion) -> None:
     """Refuses models of different architectures, and tensors that are missing or of another shape, naming the first."""
     everyone = [*([what.base] if what.base else []), *what.models]
     for other in everyone[1:]:
-        kinds = [one.config.get("model_type") for one in (everyone[0], other)]
+        kinds = [model.config.get("model_type") for model in (everyone[0], other)]
         if kinds[0] != kinds[1]:
             raise UserError(
                 f"{everyone[0].path} is a {kinds[0]} and {other.path} a {kinds[1]}; fuse models of one architecture"
@@ -231,7 +231,7 @@ def _global_threshold(model: Checkpoint, base: Checkpoint, names: Sequence[str],
     kept = max(1, int(density * int(counts.sum())))
     above = counts.flip(0).cumsum(0).flip(0)  # entries in this bin and higher ones
     chosen = int((above >= kept).nonzero().max())
-    inside = torch.cat([found[found >> 16 == chosen] for name in names for found in [magnitudes(name)]])
+    inside = torch.cat([bits[bits >> 16 == chosen] for bits in map(magnitudes, names)])
     rank = kept - int(above[chosen] - counts[chosen])  # of the threshold among these, from the largest
     return float(inside.sort(descending=True).values[rank - 1 : rank].view(torch.float32))
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from emorl.fusion.operators import Fusion, fuse_tensor, tensor_workers
 from emorl.policies.adapters import Adapter
 
-FuseOne = Callable[[str, Fusion, Tensor], None]
+FuseParameter = Callable[[str, Fusion, Tensor], None]
 """Writes a parameter's fusion, by its name, to a contiguous float32 tensor of its shape."""
 
 
@@ -25,11 +25,11 @@ class LoadedFusion:
     >>> loaded.model.generate(...)
     """
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], fuse_one: FuseOne) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], fuse_parameter: FuseParameter) -> None:
         self.model = model
         parameters = dict(model.named_parameters())
         self._parameters = {name: parameters[name] for name in names}
-        self._fuse_one = fuse_one
+        self._fuse_parameter = fuse_parameter
         self._applied: dict[str, Fusion] = {}
 
     @property
@@ -51,7 +51,7 @@ class LoadedFusion:
         direct = parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
         fused = parameter if direct else torch.empty(parameter.shape)
         self._applied.pop(name, None)  # not known, should this one fail
-        self._fuse_one(name, fusion, fused)
+        self._fuse_parameter(name, fusion, fused)
         if not direct:
             parameter.copy_(fused)
         self._applied[name] = fusion
@@ -64,11 +64,11 @@ def loaded_models(
     architecture, and none of them."""
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
 
-    def fuse_one(name: str, fusion: Fusion, out: Tensor) -> None:
+    def fuse_parameter(name: str, fusion: Fusion, out: Tensor) -> None:
         start = None if base is None else base[name]
-        fuse_tensor(fusion, [one[name] for one in models], start, name=name, seed=seed, out=out)
+        fuse_tensor(fusion, [model[name] for model in models], start, name=name, seed=seed, out=out)
 
-    return LoadedFusion(model, names, fuse_one)
+    return LoadedFusion(model, names, fuse_parameter)
 
 
 def loaded_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int = 0) -> LoadedFusion:
@@ -80,11 +80,11 @@ def loaded_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: i
     starts = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in modules}
     deltas = {f"{name}.weight": [_delta(adapter, name, starts[f"{name}.weight"]) for adapter in adapters] for name in modules}
 
-    def fuse_one(name: str, fusion: Fusion, out: Tensor) -> None:
+    def fuse_parameter(name: str, fusion: Fusion, out: Tensor) -> None:
         fuse_tensor(fusion, deltas[name], torch.zeros_like(deltas[name][0]), name=name, seed=seed, out=out)
         out += starts[name]
 
-    return LoadedFusion(model, list(starts), fuse_one)
+    return LoadedFusion(model, list(starts), fuse_parameter)
 
 
 def _delta(adapter: Adapter, module: str, weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class _Slice:
 
     ranges: Mapping[str, tuple[int, int]]
     by_model: Mapping[str, Parameters]
-    own: Parameters
+    parameters: Parameters
 
 
 def mergekit_fusion(content: Mapping[str, Any]) -> CheckpointFusion:
@@ -81,7 +81,9 @@ def mergekit_fusion(content: Mapping[str, Any]) -> CheckpointFusion:
 
 
 def _model_names(content: Mapping[str, Any]) -> list[str]:
-    blocks = content["models"] if "models" in content else [source for one in content["slices"] for source in one["sources"]]
+    blocks = (
+        content["models"] if "models" in content else [source for block in content["slices"] for source in block["sources"]]
+    )
     names = list(dict.fromkeys(block["model"] for block in blocks))
     for name in names:
         if not isinstance(name, str) or "+" in name:
@@ -94,7 +96,7 @@ def _slices(content: Mapping[str, Any], names: Sequence[str], opened: Mapping[st
         depth = _depth(opened[names[0]])
         by_model = {block["model"]: block.get("parameters") or {} for block in content["models"]}
         return [_Slice(dict.fromkeys(opened, (0, depth)), by_model, {})]
-    found = []
+    slices = []
     for block in content["slices"]:
         ranges = {source["model"]: tuple(source["layer_range"]) for source in block["sources"]}
         if set(ranges) | {content.get("base_model")} != set(opened) | {content.get("base_model")}:
@@ -107,8 +109,8 @@ def _slices(content: Mapping[str, Any], names: Sequence[str], opened: Mapping[st
         whole = next(iter(ranges.values()))
         ranges = {**dict.fromkeys(opened, whole), **ranges}
         by_model = {source["model"]: source.get("parameters") or {} for source in block["sources"]}
-        found.append(_Slice(ranges, by_model, block.get("parameters") or {}))
-    return found
+        slices.append(_Slice(ranges, by_model, block.get("parameters") or {}))
+    return slices
 
 
 def _layers(checkpoint: Checkpoint) -> dict[str, int]:
@@ -175,11 +177,11 @@ class _Reader:
         self._check(slice_)
 
         def common(key: str, default: Any) -> Any:
-            return _resolved([slice_.own, self.parameters], key, name, share, default)
+            return _resolved([slice_.parameters, self.parameters], key, name, share, default)
 
         def each(key: str, default: Any) -> tuple[float, ...]:
             return tuple(
-                _resolved([slice_.by_model.get(model, {}), slice_.own, self.parameters], key, name, share, default)
+                _resolved([slice_.by_model.get(model, {}), slice_.parameters, self.parameters], key, name, share, default)
                 for model in self.models
             )
 
@@ -201,7 +203,7 @@ class _Reader:
         return Fusion(self.method, weights, settings)
 
     def _check(self, slice_: _Slice) -> None:
-        for block in (self.parameters, slice_.own, *slice_.by_model.values()):
+        for block in (self.parameters, slice_.parameters, *slice_.by_model.values()):
             for key in block:
                 if key not in _PARAMETERS:
                     raise UserError(f"mergekit's parameter {key!r} is not supported; {nearest(key, _PARAMETERS)}")
@@ -209,8 +211,8 @@ class _Reader:
 
 def _resolved(blocks: Sequence[Parameters], key: str, name: str, share: float, default: Any) -> Any:
     for block in blocks:
-        if key in block and (found := _at(block[key], name, share)) is not None:
-            return found
+        if key in block and (value := _at(block[key], name, share)) is not None:
+            return value
     return default
 
 
@@ -221,7 +223,7 @@ def _at(setting: Any, name: str, share: float) -> Any:
     if not isinstance(setting, list):
         return setting
     if all(isinstance(value, Mapping) for value in setting):
-        fitting = [one for one in setting if one.get("filter") in (None, "*") or one["filter"] in name]
+        fitting = [block for block in setting if block.get("filter") in (None, "*") or block["filter"] in name]
         return _at(fitting[0]["value"], name, share) if fitting else None
     scaled = share * (len(setting) - 1)
     below = int(scaled)

@@ -22,7 +22,8 @@ from emorl.fusion.checkpoints import (
     same_tensors,
 )
 from emorl.fusion.mergekit_file import mergekit_fusion
-from emorl.fusion.operators import Fusion, check_fusion
+from emorl.fusion.methods.method import each
+from emorl.fusion.operators import OPERATORS, Fusion, check_fusion
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.run import read_json
 
@@ -47,8 +48,9 @@ def fuse(file: CheckpointsFile | Mapping[str, Any], progress: Progress | None = 
             base=None if file.base is None else file.base.absolute(),
         )
         recipe, what, method = as_mapping(file), checkpoint_fusion(file), file.method
+        trims_globally = method == "ties" and file.settings.get("trim") == "global"
     else:
-        recipe, what, method = dict(file), mergekit_fusion(file), file["merge_method"]
+        recipe, what, method, trims_globally = dict(file), mergekit_fusion(file), file["merge_method"], False
     if "output" not in recipe:
         raise UserError("a file of mergekit names no output: add --output FOLDER")
     output = Path(recipe["output"])
@@ -56,7 +58,7 @@ def fuse(file: CheckpointsFile | Mapping[str, Any], progress: Progress | None = 
         progress.say(f"fuse: finished before, in {output}")
         return output
     check_checkpoints(what)
-    if file_trims_globally(recipe):
+    if trims_globally:
         what = with_global_trim(what)
     progress.say(f"fuse: {method} of {', '.join(model.path.name for model in what.models)}")
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -65,7 +67,7 @@ def fuse(file: CheckpointsFile | Mapping[str, Any], progress: Progress | None = 
     return fuse_checkpoints(what, output, files, progress)
 
 
-def _is_made(output: Path, recipe: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+def _is_made(output: Path, recipe: Mapping[str, Any], inputs: Mapping[str, list[int]]) -> bool:
     """Whether the output is there, by this recipe from these files.
 
     Raises:
@@ -84,15 +86,11 @@ def _is_made(output: Path, recipe: Mapping[str, Any], inputs: Mapping[str, Any])
     return True
 
 
-def _inputs(what: CheckpointFusion) -> dict[str, Any]:
+def _inputs(what: CheckpointFusion) -> dict[str, list[int]]:
     """Size and time of change of every file that is read."""
     everyone = [*what.models, *([] if what.base is None else [what.base])]
-    files = sorted({entry.file.absolute() for one in everyone for entry in one.entries.values()})
+    files = sorted({entry.file.absolute() for model in everyone for entry in model.entries.values()})
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-
-
-def file_trims_globally(recipe: Mapping[str, Any]) -> bool:
-    return recipe.get("method") == "ties" and recipe["settings"].get("trim") == "global"
 
 
 def checkpoint_fusion(file: CheckpointsFile) -> CheckpointFusion:
@@ -115,7 +113,7 @@ def checkpoint_fusion(file: CheckpointsFile) -> CheckpointFusion:
     dtype = None if file.dtype is None else getattr(torch, file.dtype)
     tensors = same_tensors(models, base, fusion_of)
     for part in file.keep:
-        if not any(part in one.name for one in tensors):
+        if not any(part in tensor.name for tensor in tensors):
             raise UserError(f"keep: no tensor's name contains {part!r}; they are such as {tensors[0].name!r}")
     return CheckpointFusion(models, base, tensors, dtype, file.seed)
 
@@ -123,14 +121,18 @@ def checkpoint_fusion(file: CheckpointsFile) -> CheckpointFusion:
 def with_global_trim(what: CheckpointFusion) -> CheckpointFusion:
     """The same with TIES' thresholds over the whole model instead of a density per tensor; reads all tensors."""
     assert what.base is not None
-    trimmed = [
-        one for one in what.tensors if one.fusion.method == "ties" and what.base.entries[one.name].dtype.is_floating_point
-    ]
-    density = trimmed[0].fusion.settings.get("density", 0.2)
-    shares = [density] * len(what.models) if isinstance(density, float | int) else density
-    thresholds = global_thresholds(what.models, what.base, [one.name for one in trimmed], shares)
-    fusion = replace(trimmed[0].fusion, settings={**trimmed[0].fusion.settings, "thresholds": thresholds})
-    return replace(what, tensors=tuple(replace(one, fusion=fusion) if one in trimmed else one for one in what.tensors))
+    dtypes = {name: entry.dtype for name, entry in what.base.entries.items()}
+    trimmed = {
+        tensor.name: tensor.fusion
+        for tensor in what.tensors
+        if tensor.fusion.method == "ties" and dtypes[tensor.name].is_floating_point
+    }
+    whole = next(iter(trimmed.values()))  # all alike: a file has one fusion beside `keep`
+    shares = each(OPERATORS["ties"].complete(whole.settings)["density"], len(what.models))
+    thresholds = global_thresholds(what.models, what.base, list(trimmed), shares)
+    fusion = replace(whole, settings={**whole.settings, "thresholds": thresholds})
+    tensors = (replace(tensor, fusion=fusion) if tensor.name in trimmed else tensor for tensor in what.tensors)
+    return replace(what, tensors=tuple(tensors))
 
 
 def _card(what: CheckpointFusion, method: str, recipe: str) -> str:
@@ -138,7 +140,7 @@ def _card(what: CheckpointFusion, method: str, recipe: str) -> str:
     everyone = [*([] if what.base is None else [what.base]), *what.models]
     front_matter = {
         "library_name": "transformers",
-        "base_model": list(dict.fromkeys(str(one.path) for one in everyone)),
+        "base_model": list(dict.fromkeys(str(model.path) for model in everyone)),
         "tags": ["emorl", "merge", method],
     }
     versions = ", ".join(f"{name} {version(name)}" for name in ("emorl", "torch"))

@@ -51,11 +51,11 @@ def tensor_entries(directory: Path) -> dict[str, TensorEntry]:
     index = directory / INDEX_NAME
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {name: entry for file in sorted(set(weight_map.values())) for name, entry in _read_header(directory / file)}
-        lost = sorted(set(weight_map) - set(found))
+        entries = {name: entry for file in sorted(set(weight_map.values())) for name, entry in _read_header(directory / file)}
+        lost = sorted(set(weight_map) - set(entries))
         if lost:
             raise UserError(f"{directory}: {lost[0]!r} is in the index but in none of the shards; copy the checkpoint again")
-        return {name: found[name] for name in weight_map}
+        return {name: entries[name] for name in weight_map}
     if not (directory / WEIGHTS_NAME).is_file():
         raise UserError(
             f"{directory} has no {WEIGHTS_NAME}: name the folder of a transformers checkpoint in safetensors (a pickle is "

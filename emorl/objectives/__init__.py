@@ -20,26 +20,27 @@ An objective is called as `objective(prompts=…, completions=…, **columns)` a
 | judge | score, or preference over a reference, by a rubric in words under a chat model, at an endpoint or local | [0, 1] |
 """
 
-from emorl.objectives.code.unit_tests import UnitTests
-from emorl.objectives.judge.judge import Judge
-from emorl.objectives.models.classifier import Classifier
-from emorl.objectives.models.likelihood import Likelihood
-from emorl.objectives.models.similarity import Specificity
-from emorl.objectives.rules.exact_match import ExactMatch
-from emorl.objectives.rules.multiple_choice import MultipleChoice
-from emorl.objectives.rules.numeric_answer import NumericAnswer
-from emorl.objectives.rules.text import Distinct2, Length, Repetition
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 REGISTRY = {
-    "classifier": Classifier,
-    "likelihood": Likelihood,
-    "specificity": Specificity,
-    "length": Length,
-    "repetition": Repetition,
-    "distinct_2": Distinct2,
-    "multiple_choice": MultipleChoice,
-    "exact_match": ExactMatch,
-    "numeric_answer": NumericAnswer,
-    "unit_tests": UnitTests,
-    "judge": Judge,
+    "classifier": "emorl.objectives.models.classifier:Classifier",
+    "likelihood": "emorl.objectives.models.likelihood:Likelihood",
+    "specificity": "emorl.objectives.models.similarity:Specificity",
+    "length": "emorl.objectives.rules.text:Length",
+    "repetition": "emorl.objectives.rules.text:Repetition",
+    "distinct_2": "emorl.objectives.rules.text:Distinct2",
+    "multiple_choice": "emorl.objectives.rules.multiple_choice:MultipleChoice",
+    "exact_match": "emorl.objectives.rules.exact_match:ExactMatch",
+    "numeric_answer": "emorl.objectives.rules.numeric_answer:NumericAnswer",
+    "unit_tests": "emorl.objectives.code.unit_tests:UnitTests",
+    "judge": "emorl.objectives.judge.judge:Judge",
 }
+"""name -> class, imported when it is used: a rule needs no torch"""
+
+
+def registered(name: str) -> Callable[..., Any]:
+    """The class under a name of the registry."""
+    module, _, attribute = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from emorl.objectives import REGISTRY
+from emorl.objectives import REGISTRY, registered
 from emorl.objectives.scale import declared_range
 
 EXAMPLE_PROMPT = "I am tired all day and I sleep badly."
@@ -32,7 +32,7 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """All registered objective functions, in the registry's order; loads no model."""
-    return [_entry(name, function) for name, function in REGISTRY.items()]
+    return [_entry(name, registered(name)) for name in REGISTRY]
 
 
 def _entry(name: str, function: Any) -> Entry:

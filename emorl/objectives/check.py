@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from emorl.config import UserError
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.loading import Objective
 from emorl.objectives.scale import interval
+from emorl.policies.conversation import as_completion, completion_text, prompt_text
 
 NORMAL = "normal"
 TOGETHER = "all in one batch"
@@ -73,7 +73,11 @@ class _Case:
     completion: Any
 
 
-def check_objective(objective: Objective, row: Mapping[str, Any]) -> CheckResult:
+_Outcome = list[float | None] | str
+"""raw scores of cases in one call, or its error in one line"""
+
+
+def check_edge_cases(objective: Objective, row: Mapping[str, Any]) -> CheckResult:
     """Scores all cases.
 
     Args:
@@ -83,52 +87,47 @@ def check_objective(objective: Objective, row: Mapping[str, Any]) -> CheckResult
     columns = {name: value for name, value in row.items() if name != "prompt"}
     cases = _cases(row["prompt"])
     alone = [_raw(objective, [case], columns) for case in cases]
-    whole = [case for case, found in zip(cases, alone, strict=True) if not isinstance(found, str)]
+    whole = [case for case, outcome in zip(cases, alone, strict=True) if not isinstance(outcome, str)]
     batch = _raw(objective, whole, columns) if whole else []
     batched = {} if isinstance(batch, str) else {case.name: score for case, score in zip(whole, batch, strict=True)}
     results = []
-    for case, found in zip(cases, alone, strict=True):
-        again = found if isinstance(found, str) else _raw(objective, [case], columns)
-        results.append(_judged(objective, case.name, found, again, batched))
+    for case, outcome in zip(cases, alone, strict=True):
+        again = outcome if isinstance(outcome, str) else _raw(objective, [case], columns)
+        results.append(_judged(objective, case.name, outcome, again, batched))
     if isinstance(batch, str):
         results.append(CaseResult(TOGETHER, None, None, (batch,)))
     other = _other_format(cases[0])
-    found = _raw(objective, [other], columns)
-    other_format = _judged(objective, other.name, found, found, {} if isinstance(alone[0], str) else {other.name: alone[0][0]})
+    outcome = _raw(objective, [other], columns)
+    normal = {} if isinstance(alone[0], str) else {other.name: alone[0][0]}
+    other_format = _judged(objective, other.name, outcome, outcome, normal)
     return CheckResult(objective.name, str(objective.scale), tuple(results), other_format, time.perf_counter() - start)
 
 
 def _cases(prompt: Any) -> list[_Case]:
     """All cases in the prompt's format, the normal one first."""
     user = prompt_text(prompt)
-    cases = [_Case(name, prompt, _as_completion(prompt, text)) for name, text in _COMPLETIONS.items()]
-    cases.append(_Case("the prompt itself", prompt, _as_completion(prompt, user)))
+    cases = [_Case(name, prompt, as_completion(prompt, text)) for name, text in _COMPLETIONS.items()]
+    cases.append(_Case("the prompt itself", prompt, as_completion(prompt, user)))
     if isinstance(prompt, str):
         return [*cases, _Case("a prompt of 5,000 words", _LONG, _ANSWER)]
     answer, question = {"role": "assistant", "content": "Go on."}, {"role": "user", "content": user}
     long = [*(turn for turn in prompt if turn["role"] == "system"), {"role": "user", "content": _LONG}]
     return [
         *cases,
-        _Case("a prompt of 5,000 words", long, _as_completion(prompt, _ANSWER)),
-        _Case("a prompt of three turns", [*prompt, answer, question], _as_completion(prompt, _ANSWER)),
+        _Case("a prompt of 5,000 words", long, as_completion(prompt, _ANSWER)),
+        _Case("a prompt of three turns", [*prompt, answer, question], as_completion(prompt, _ANSWER)),
     ]
-
-
-def _as_completion(prompt: Any, text: str) -> Any:
-    """`text` as TRL hands it over beside such a prompt."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _other_format(case: _Case) -> _Case:
     """A case as plain text where it is a conversation, and the other way round."""
     if isinstance(case.prompt, str):
         turns = [{"role": "user", "content": case.prompt}]
-        return _Case("as a conversation", turns, _as_completion(turns, case.completion))
+        return _Case("as a conversation", turns, as_completion(turns, case.completion))
     return _Case("as plain text", prompt_text(case.prompt), completion_text(case.completion))
 
 
-def _raw(objective: Objective, cases: Sequence[_Case], columns: Mapping[str, Any]) -> list[float | None] | str:
-    """Raw scores of cases in one call, or its error in one line."""
+def _raw(objective: Objective, cases: Sequence[_Case], columns: Mapping[str, Any]) -> _Outcome:
     values = {name: [value] * len(cases) for name, value in columns.items()}
     try:
         return objective.raw([case.prompt for case in cases], [case.completion for case in cases], **values)
@@ -138,24 +137,22 @@ def _raw(objective: Objective, cases: Sequence[_Case], columns: Mapping[str, Any
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _judged(
-    objective: Objective, name: str, found: list[float | None] | str, again: list[float | None] | str, others: Mapping[str, Any]
-) -> CaseResult:
+def _judged(objective: Objective, name: str, outcome: _Outcome, again: _Outcome, others: Mapping[str, Any]) -> CaseResult:
     """A case with its problems; `others` holds the scores from the batch."""
-    if isinstance(found, str):
-        return CaseResult(name, None, None, (found,))
-    (raw,) = found
+    if isinstance(outcome, str):
+        return CaseResult(name, None, None, (outcome,))
+    (raw,) = outcome
     problems = []
     if raw is not None and objective.scale.is_outside(raw):
         problems.append(f"raw score {raw:g} is outside the range {interval(objective.scale.range)}")
-    if again != found:
+    if again != outcome:
         problems.append(f"another score when asked again: {raw} and then {again if isinstance(again, str) else again[0]}")
     elif not _same(raw, others.get(name, raw), objective.batch_tolerance):
         problems.append(f"another score in a batch: {raw} alone, {others[name]} with others")
     return CaseResult(name, raw, None if raw is None else objective.scale.score(raw), tuple(problems))
 
 
-def _same(one: float | None, other: float | None, tolerance: float) -> bool:
-    if one is None or other is None:
-        return one is other
-    return math.isclose(one, other, rel_tol=0, abs_tol=tolerance)
+def _same(first: float | None, second: float | None, tolerance: float) -> bool:
+    if first is None or second is None:
+        return first is second
+    return math.isclose(first, second, rel_tol=0, abs_tol=tolerance)

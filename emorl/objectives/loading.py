@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from emorl.config import UserError, nearest
-from emorl.config.experiment import ObjectiveConfig
+from emorl.config.experiment import ObjectiveConfig, TransformConfig
+from emorl.config.objects import shown_name
 from emorl.config.yaml import parse
 from emorl.objectives import REGISTRY
 from emorl.objectives.scale import RAW, Scale, declared_range, interval, resolve
+
+_IMPORTABLE = re.compile(r"[\w-]+(\.[\w-]+)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # package.module:attribute
 
 
 class Objective:
@@ -34,6 +38,10 @@ class Objective:
         self.scale = scale
         self.scored = self.outside = 0  # scores so far, and how many of them lay outside the range
         self._function = function
+
+    def counted_anew(self) -> "Objective":
+        """The same objective, whose counts begin at 0."""
+        return Objective(self.name, self._function, self.scale)
 
     @property
     def batch_tolerance(self) -> float:
@@ -95,14 +103,17 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def check_objectives(objectives: Mapping[str, ObjectiveConfig]) -> None:
-    """Resolves every objective's function and options without loading a model.
+    """Resolves every objective's function and options without loading a model: nothing is imported before all names are
+    right, and no option is looked at before all functions are there.
 
     Raises:
-        UserError: an unknown name (with the nearest ones), a module or attribute that is not there, an unknown or
-            missing option, a local model folder that does not exist.
+        UserError: an unknown name (with the nearest ones), a local model folder that does not exist, a module or attribute
+            that is not there, an unknown or missing option.
     """
-    for name, config in objectives.items():
-        _resolve(name, config)
+    named = {name: _named(name, config) for name, config in objectives.items()}
+    functions = {name: _imported(name, function) for name, (function, _) in named.items()}
+    for name, (_, options) in named.items():
+        _checked_scale(name, functions[name], options, objectives[name].transform)
 
 
 def outside_range(objectives: Sequence[Objective]) -> list[str]:
@@ -117,7 +128,9 @@ def outside_range(objectives: Sequence[Objective]) -> list[str]:
 
 def load_objective(name: str, config: ObjectiveConfig) -> Objective:
     """The objective ready to score; loads its model if it has one."""
-    function, options, scale = _resolve(name, config)
+    named, options = _named(name, config)
+    function = _imported(name, named)
+    scale = _checked_scale(name, function, options, config.transform)
     if isinstance(function, type) and is_pydantic_dataclass(function):
         made: Any = parse(function, options, f"objective {name!r}")
         return Objective(name, made, scale)
@@ -132,45 +145,64 @@ def _partial(function: Callable[..., Any], options: Mapping[str, Any]) -> Callab
     return functools.partial(function, **options) if options else function
 
 
-def _resolve(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], dict[str, Any], Scale]:
-    """The class or function behind a config, its options and its scale."""
-    where, options = f"objective {name!r}", dict(config.options)
-    if ":" in config.function:
-        function = _import(where, config.function)
-    elif config.function in REGISTRY:
-        function = REGISTRY[config.function]
-    elif "/" in config.function:
-        function, options = REGISTRY["classifier"], {"model": config.function, **options}
-    else:
-        raise UserError(
-            f"{where}: no objective function is called {config.function!r}; {nearest(config.function, REGISTRY)} "
-            "(or a hub id, or package.module:attribute)"
-        )
+def _named(name: str, config: ObjectiveConfig) -> tuple[str | Callable[..., Any], dict[str, Any]]:
+    """The function's key in the registry, its `module:attribute` or itself, and its options: what can be said of them
+    without an import is checked."""
+    where, function, options = f"objective {name!r}", config.function, dict(config.options)
+    if isinstance(function, str) and ":" in function:
+        if not _IMPORTABLE.fullmatch(function):
+            lost = "; a lambda, closure, method or instance has to be given in Python again" if function[0] == "<" else ""
+            raise UserError(f"{where}: expected package.module:attribute, got {function!r:.80}{lost}")
+    elif isinstance(function, str) and function not in REGISTRY:
+        if "/" not in function:
+            raise UserError(
+                f"{where}: no objective function is called {function!r}; {nearest(function, REGISTRY)} "
+                "(or a hub id, or package.module:attribute)"
+            )
+        function, options = "classifier", {"model": function, **options}
+    model = None if options.get("endpoint") else options.get("model")  # an endpoint's model may be a path over there
+    if isinstance(model, str) and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise UserError(f"{where}: model {model!r} is not a folder")
+    return function, options
+
+
+def _imported(name: str, named: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The class or function behind what `_named` gives."""
+    if not isinstance(named, str):
+        return named
+    where, (module_name, _, path) = f"objective {name!r}", REGISTRY.get(named, named).partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from None
+    for attribute in path.split("."):
+        owner, value = value, getattr(value, attribute, None)
+        if value is None:
+            raise UserError(f"{where}: {module_name} has no {path!r}; {nearest(attribute, dir(owner))}")
+    if not callable(value):
+        raise UserError(f"{where}: {named} is {value!r:.60}; expected a function or class")
+    return value
+
+
+def _checked_scale(
+    name: str, function: Callable[..., Any], options: Mapping[str, Any], transform: TransformConfig | None
+) -> Scale:
+    """The scale of a function whose options are right."""
+    where = f"objective {name!r}"
     _check_options(where, function, options)
     if isinstance(function, type) and is_pydantic_dataclass(function):  # is its settings: nothing loads before a call
         parse(function, options, where)
     try:
-        return function, options, resolve(config.transform, declared_range(function))
+        return resolve(transform, declared_range(function))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _import(where: str, path: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{where}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from None
-    function = getattr(module, attribute, None)
-    if function is None:
-        raise UserError(f"{where}: {module_name} has no {attribute!r}; {nearest(attribute, vars(module))}")
-    if not callable(function):
-        raise UserError(f"{where}: {path} is {function!r:.60}; expected a function or class")
-    return function
-
-
 def _check_options(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        raise UserError(f"{where}: {shown_name(function)} has no signature to read; wrap it in a function") from None
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             if option not in parameters:
@@ -180,6 +212,3 @@ def _check_options(where: str, function: Callable[..., Any], options: Mapping[st
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if named and parameter.default is parameter.empty and option not in options:
                 raise UserError(f"{where}: option {option!r} is missing")
-    model = None if options.get("endpoint") else options.get("model")  # an endpoint's model may be a path over there
-    if isinstance(model, str) and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise UserError(f"{where}: model {model!r} is not a folder")

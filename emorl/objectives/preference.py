@@ -9,18 +9,18 @@ from emorl.config import UserError
 from emorl.objectives.scalarize import importance_of
 
 
-def parse_preferences(text: str) -> dict[str, float]:
+def parse_numbers(option: str, text: str) -> dict[str, float]:
     """`reflection=0.7,empathy=0.3` as a mapping."""
-    preferences = {}
-    for part in text.split(","):
+    numbers = {}
+    for part in filter(None, text.split(",")):
         name, separator, value = part.partition("=")
         try:
-            preferences[name.strip()] = float(value)
+            numbers[name.strip()] = float(value)
         except ValueError:
             separator = ""
         if not separator or not name.strip():
-            raise UserError(f"--prefer {text!r}: expected objective=number pairs, for example reflection=0.7,empathy=0.3")
-    return preferences
+            raise UserError(f"{option} {text!r}: expected objective=number pairs, for example reflection=0.7,empathy=0.3")
+    return numbers
 
 
 def choose(front: Sequence[Mapping[str, Any]], preferences: Mapping[str, float]) -> Mapping[str, Any]:

@@ -4,9 +4,14 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from emorl.config import nearest
+from emorl.config.experiment import ValueConfig
 
 SCALARIZATIONS = ("mean", "weighted", "minimum", "chebyshev")
 
@@ -47,10 +52,30 @@ def importance_of(objectives: Sequence[str], preferences: Mapping[str, float]) -
     """
     unknown = sorted(set(preferences) - set(objectives))
     if unknown:
-        raise ValueError(f"preferences name {', '.join(unknown)}; the objectives are {', '.join(objectives)}")
+        raise ValueError(f"preferences name {', '.join(unknown)}; {nearest(unknown[0], objectives)}")
     if not preferences:
         return np.full(len(objectives), 1 / len(objectives))
     importance = np.array([float(preferences.get(name, 0.0)) for name in objectives])
     if not np.isfinite(importance).all() or (importance < 0).any() or importance.sum() <= 0:
         raise ValueError(f"preferences must be finite, not negative and not all 0, got {dict(preferences)}")
     return importance / importance.sum()
+
+
+@dataclass(frozen=True)
+class Value:
+    """What trade-offs are worth: scores (N, O) as values (N,), by a method and the importance (O,) of the objectives."""
+
+    method: str
+    importance: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, config: ValueConfig, objectives: Sequence[str]) -> Self:
+        """As a block `value` says."""
+        return cls(config.scalarize, importance_of(objectives, config.preferences))
+
+    def __call__(self, scores: NDArray[np.float64], references: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """Values (...) of scores (..., O). `chebyshev` is scaled by scores of the single policies, `references` (M, O), or by
+        the scores themselves."""
+        flat = scores.reshape(-1, scores.shape[-1])
+        values = scalarize(flat, self.method, self.importance, flat if references is None else references)
+        return values.reshape(scores.shape[:-1])

@@ -62,10 +62,10 @@ class Scale:
             return "raw score, no range declared"
         cut = "" if self.clip in (None, UNIT) else f", clipped to {interval(self.clip)}"
         if self.mean is not None:
-            how = f"logistic((raw - {self.mean:g}) / {self.std:g})"
+            formula = f"logistic((raw - {self.mean:g}) / {self.std:g})"
         else:
-            how = f"raw score in {interval(self.range)}" + ("" if self.range == UNIT else " mapped onto [0, 1]")
-        return f"{how}{cut}{'; training reward log(score)' if self.log else ''}"
+            formula = f"raw score in {interval(self.range)}" + ("" if self.range == UNIT else " mapped onto [0, 1]")
+        return f"{formula}{cut}{'; training reward log(score)' if self.log else ''}"
 
 
 RAW = Scale()

@@ -29,8 +29,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchE
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
     """Generated ids (B, T) as texts without special tokens."""
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def as_completion(prompt: Any, text: str) -> Any:
-    """`text` in the format that TRL hands to reward functions beside `prompt`."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -15,20 +15,26 @@ from emorl.config.experiment import (
     TrainConfig,
     ValueConfig,
 )
-from emorl.quickstart.build import build
+from emorl.quickstart.build import QuickstartParts, build
+from emorl.runs.layout import COST
 from emorl.runs.progress import Progress
 from emorl.runs.run import Cost, write_json
 
 
-def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experiment:
-    """The experiment, its parts built if they are not in the cache yet (`EMORL_CACHE`, by default ~/.cache/emorl)."""
+def quickstart_parts(seed: int, progress: Progress) -> QuickstartParts:
+    """The example's models and prompts, built if they are not in the cache yet (`EMORL_CACHE`, by default ~/.cache/emorl)."""
     cache = Path(os.environ.get("EMORL_CACHE", "~/.cache/emorl")).expanduser() / "quickstart"
-    start = time.perf_counter()
     progress.say(f"parts: a tiny chat policy and three reward models, made from a synthetic corpus, in {cache}")
-    parts = build(cache, seed, progress)
+    return build(cache, seed, progress)
+
+
+def quickstart_experiment(output: Path, seed: int, progress: Progress) -> Experiment:
+    """The experiment; what building its parts took is kept beside it."""
+    start = time.perf_counter()
+    parts = quickstart_parts(seed, progress)
     seconds = time.perf_counter() - start
     progress.say(f"parts: ready after {seconds:.0f} s")
-    write_json(output / "quickstart" / "cost.json", asdict(Cost(seconds=seconds)))
+    write_json(output / "quickstart" / COST, asdict(Cost(seconds=seconds)))
     return Experiment(
         output=output,
         seed=seed,

@@ -11,24 +11,26 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from emorl.evaluation.pareto import front
+from emorl.runs.results import BEST, Kind
 
 ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#8A8A8A"
-_KINDS = {  # kind -> marker, colour, name in the legend
-    "front": ("circle", GREEN, "front, re-scored"),
-    "base": ("x", GREY, "base"),
-    "policy": ("square", ORANGE, "policies alone"),
-    "parameter_average": ("triangle-up", PURPLE, "parameter average"),
-    "ensemble": ("star", VERMILION, "ensembles"),
-    "dynamic": ("diamond", BLUE, "dynamic ensemble"),
+MARKERS = {
+    Kind.FRONT: ("circle", GREEN, "front, re-scored"),
+    Kind.BASE: ("x", GREY, "base"),
+    Kind.POLICY: ("square", ORANGE, "policies alone"),
+    Kind.PARAMETER_AVERAGE: ("triangle-up", PURPLE, "parameter average"),
+    Kind.ENSEMBLE: ("star", VERMILION, "ensembles"),
+    Kind.DYNAMIC: ("diamond", BLUE, "dynamic ensemble"),
 }
+"""of each kind of system: symbol, colour, name in the legend"""
 _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
-    "front": "top right",
-    "base": "bottom center",
-    "policy": "top center",
-    "parameter_average": "bottom center",
-    "ensemble": "middle left",
-    "dynamic": "bottom right",
-    "ensemble, best found": "top right",
+    Kind.FRONT: "top right",
+    Kind.BASE: "bottom center",
+    Kind.POLICY: "top center",
+    Kind.PARAMETER_AVERAGE: "bottom center",
+    Kind.ENSEMBLE: "middle left",
+    Kind.DYNAMIC: "bottom right",
+    BEST: "top right",
 }
 _VALUES = "Viridis"
 _GRID = "rgba(128,128,128,0.25)"
@@ -40,10 +42,10 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
 
     Args:
         trials: the search's `trials.csv`; scores on the validation prompts.
-        summary: the comparison's `summary.csv`; scores on the test prompts.
+        summary: the evaluation's `summary.csv`; scores on the test prompts.
     """
     figure = go.Figure([_trial_points(trials, x, y), _trial_front(trials, x, y)])
-    for kind, (symbol, colour, name) in _KINDS.items():
+    for kind, (symbol, colour, name) in MARKERS.items():
         systems = summary[summary["kind"] == kind]
         if systems.empty:
             continue
@@ -53,7 +55,7 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
             error_x={"array": systems[f"{x}_error"], "thickness": 1, "width": 3},
             error_y={"array": systems[f"{y}_error"], "thickness": 1, "width": 3},
             mode="markers+text",
-            text=[_label(system, kind) for system in systems["system"]],
+            text=[short_name(system, kind) for system in systems["system"]],
             textposition=[_LABEL_POSITIONS.get(system, _LABEL_POSITIONS[kind]) for system in systems["system"]],
             marker={"symbol": symbol, "color": colour, "size": 8 if kind == "front" else 12, "line": {"width": 1}},
             cliponaxis=False,
@@ -66,10 +68,10 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
     return _styled(figure, f"Trade-off of {y} against {x}", height=520)
 
 
-def _label(system: str, kind: str) -> str:
+def short_name(system: str, kind: str) -> str:
     """Short, so that neighbours stay legible: `policy short` -> `short`, `ensemble, best found` -> `best found`."""
-    names = {"policy": system.removeprefix("policy "), "ensemble": system.removeprefix("ensemble, ")}
-    names |= {"front": system.removeprefix("front "), "parameter_average": "average"}
+    names: dict[str, str] = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}
+    names |= {Kind.FRONT: system.removeprefix("front "), Kind.PARAMETER_AVERAGE: "average"}
     return names.get(kind, system)
 
 

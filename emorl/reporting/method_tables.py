@@ -1,7 +1,6 @@
 """A comparison of methods as Markdown tables, to be read on the terminal and pasted into a README."""
 
-from collections.abc import Mapping
-from typing import Any
+from emorl.runs.results import Interval, MethodsResult, Spread
 
 _QUALITY = {
     "diversity_2": ("diversity-2", 2),
@@ -21,25 +20,25 @@ _COST = {
 }
 
 
-def method_tables(result: Mapping[str, Any]) -> str:
+def method_tables(result: MethodsResult) -> str:
     """Scores, differences from the first method with its best rivals, and consumption; mean ± standard deviation over seeds."""
     return "\n\n".join((_scores(result), _differences(result), _consumption(result)))
 
 
-def _scores(result: Mapping[str, Any]) -> str:
-    objectives = result["objectives"]
+def _scores(result: MethodsResult) -> str:
+    objectives = result.objectives
     names = [*objectives, "mean", "minimum", "hypervolume", "points", *(title for title, _ in _QUALITY.values())]
     lines = [
-        f"{result['test_prompts']} test prompts, {len(result['seeds'])} seeds; mean ± standard deviation over seeds",
+        f"{result.test_prompts} test prompts, {len(result.seeds)} seeds; mean ± standard deviation over seeds",
         "",
         *_header(["method", *names]),
     ]
-    for method, row in result["methods"].items():
+    for method, row in result.methods.items():
         cells = [_cell(row[name], 3) for name in (*objectives, "mean", "minimum")]
-        cells += [_cell(row["hypervolume"], 5), f"{row['points']['mean']:.0f}"]
+        cells += [_cell(row["hypervolume"], 5), f"{row['points'].mean:.0f}"]
         cells += [_cell(row[name], digits) for name, (_, digits) in _QUALITY.items()]
         lines.append(f"| {' | '.join([_bold(method, result), *cells])} |")
-    reference = ", ".join(f"{name} {value:.3f}" for name, value in result["reference_point"].items())
+    reference = ", ".join(f"{name} {value:.3f}" for name, value in result.reference_point.items())
     return "\n".join(
         [
             *lines,
@@ -50,28 +49,28 @@ def _scores(result: Mapping[str, Any]) -> str:
     )
 
 
-def _differences(result: Mapping[str, Any]) -> str:
-    first = result["first"]
+def _differences(result: MethodsResult) -> str:
+    first = result.first
     lines = [
         f"{first} less each other method: difference [95 % interval], share of resamples above 0 "
         "(crossed bootstrap over seeds and prompts, paired)",
         "",
         *_header(["method", "mean", "hypervolume"]),
     ]
-    for method, row in result["differences"].items():
+    for method, row in result.differences.items():
         cells = [_interval(row["mean"], 3), _interval(row["hypervolume"], 5)]
         lines.append(f"| {' | '.join([method, *cells])} |")
-    rivals = result["best_rival"]
+    rivals = result.best_rival
     return "\n".join([*lines, "", f"Best rival by mean: {rivals['mean']}; by hypervolume: {rivals['hypervolume']}."])
 
 
-def _consumption(result: Mapping[str, Any]) -> str:
+def _consumption(result: MethodsResult) -> str:
     lines = [
         "What each method consumed, per seed; `in all` counts validation and search too",
         "",
         *_header(["method", *_COST.values()]),
     ]
-    for method, row in result["methods"].items():
+    for method, row in result.methods.items():
         cells = [_amount(row[name], 2 if name == "decode_cost" else 0) for name in _COST]
         lines.append(f"| {' | '.join([_bold(method, result), *cells])} |")
     return "\n".join(lines)
@@ -81,20 +80,17 @@ def _header(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
-def _bold(method: str, result: Mapping[str, Any]) -> str:
-    return f"**{method}**" if method == result["first"] else method
+def _bold(method: str, result: MethodsResult) -> str:
+    return f"**{method}**" if method == result.first else method
 
 
-def _cell(found: Mapping[str, float | None], digits: int) -> str:
-    deviation = found["deviation"]
-    return _amount(found, digits) + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+def _cell(spread: Spread, digits: int) -> str:
+    return _amount(spread, digits) + (f" ± {spread.deviation:.{digits}f}" if spread.deviation is not None else "")
 
 
-def _amount(found: Mapping[str, float | None], digits: int) -> str:
-    mean = found["mean"]
-    return "–" if mean is None else f"{mean:,.{digits}f}"
+def _amount(spread: Spread, digits: int) -> str:
+    return "–" if spread.mean is None else f"{spread.mean:,.{digits}f}"
 
 
-def _interval(found: Mapping[str, float], digits: int) -> str:
-    low, high = found["low"], found["high"]
-    return f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], {found['above']:.0%}"
+def _interval(gap: Interval, digits: int) -> str:
+    return f"{gap.difference:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}], {gap.above:.0%}"

@@ -1,6 +1,8 @@
-"""What a finished run directory holds, read once for tables, figures, the HTML report and the notebook. Kept free of torch."""
+"""What a run directory holds, of every stage that has run, read once for tables, figures, the HTML report and notebooks.
 
-import math
+>>> load_run("runs/quickstart").summary
+"""
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,48 +11,124 @@ from typing import Any
 import pandas as pd
 
 from emorl.config import UserError
-from emorl.config.experiment import Experiment, load_run
+from emorl.config.experiment import Experiment, load_kept_experiment
+from emorl.evaluation.hacking import Attacks
+from emorl.runs.layout import ATTACKS, COMPLETIONS, COST, MANIFEST, POINTS, RESULT, SEEDS, SUMMARY, TRIALS, Layout
+from emorl.runs.results import (
+    BASE,
+    DynamicResult,
+    EvaluationResult,
+    FusionResult,
+    MethodsResult,
+    SearchResult,
+    TrainingResult,
+    read_result,
+)
 from emorl.runs.run import Cost, read_json
 
-BEST = "ensemble, best found"
-BASE = "base"
 METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
-"""columns of the summary that not every run has"""
+"""columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""
+STAGES = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
+_TRAINING = ("steps", "best_step", "stopped", "base_reward", "reward", "kl", "base_distinct_share", "distinct_share", "words",
+             "collapsed")  # fmt: skip
+_RESULTS = {
+    "search": ("search", SearchResult),
+    "evaluate": ("evaluate", EvaluationResult),
+    "compare": ("compare", MethodsResult),
+    "fuse": ("fuse", FusionResult),
+    "dynamic": ("dynamic/comparison", DynamicResult),
+}
 
 
 @dataclass(frozen=True)
 class Results:
-    """A compared experiment.
+    """An experiment's results as data frames and dataclasses; None, or empty, where a stage has not run.
 
-    `trials`, `summary` and `completions` are the tables of `search/trials.csv`, `evaluate/summary.csv` and
-    `evaluate/completions.parquet`; `search` is the search's `result.json` and `indicators` the comparison's;
-    `training` maps an objective to the `result.json` of its policy, if emorl trained it; `hacking` is the comparison's
-    `hacking.json`, None where nothing was attacked; `fusion` and `fusion_trials` are what `emorl fuse` has found in
-    this output, None where it has not run, or not searched. Metrics that a run of an older version lacks are NaN in `summary`.
+    `training` is by policy, of those that emorl trained here. `trials` holds every candidate of the search, `summary` one row
+    for each system on the test prompts, `completions` all their scored answers and `attacks` whether the rewards can be hacked.
+    `fusion_trials` holds the candidates of a fusion search; `points` every trade-off and `seeds` each method and seed of
+    `emorl compare`.
     """
 
     output: Path
     experiment: Experiment
-    search: Mapping[str, Any]
-    trials: pd.DataFrame
-    summary: pd.DataFrame
-    completions: pd.DataFrame
-    indicators: Mapping[str, Any]
-    training: Mapping[str, Mapping[str, Any]]
+    training: Mapping[str, TrainingResult]
+    search: SearchResult | None
+    trials: pd.DataFrame | None
+    evaluation: EvaluationResult | None
+    summary: pd.DataFrame | None
+    completions: pd.DataFrame | None
+    attacks: Attacks | None
+    fusion: FusionResult | None
+    fusion_trials: pd.DataFrame | None
+    methods: MethodsResult | None
+    points: pd.DataFrame | None
+    seeds: pd.DataFrame | None
+    dynamic: DynamicResult | None
     costs: pd.DataFrame
     versions: Mapping[str, str]
-    hacking: Mapping[str, Any] | None = None
-    fusion: Mapping[str, Any] | None = None
-    fusion_trials: pd.DataFrame | None = None
 
     @property
     def objectives(self) -> list[str]:
-        return list(self.indicators["objectives"])
+        """Those that were evaluated, else those of the experiment."""
+        return list(self.experiment.objectives if self.evaluation is None else self.evaluation.objectives)
 
     @property
     def policies(self) -> list[str]:
         """What the weights belong to: the objectives' policies, and the base where it takes part."""
-        return [name.removeprefix("weight_") for name in self.trials.columns if name.startswith("weight_")]
+        return [] if self.search is None else list(self.search.best.weights)
+
+    @property
+    def ran(self) -> list[str]:
+        """Stages that have run here."""
+        parts = (self.training, self.search, self.evaluation, self.methods, self.fusion, self.dynamic)
+        return [stage for stage, part in zip(STAGES, parts, strict=True) if part]
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that have not, of those that this experiment can have."""
+        possible = STAGES if self.experiment.train.mode == "ensemble" else ("train",)
+        refused = () if self.experiment.policies is None else ("train", "compare")
+        return [stage for stage in possible if stage not in (*self.ran, *refused)]
+
+    @property
+    def training_table(self) -> pd.DataFrame:
+        """How the training of each policy ended, one row for each, indexed by its name; scores on the validation prompts."""
+        rows = [
+            {**{key: getattr(result, key) for key in _TRAINING}, **{f"score_{name}": s for name, s in result.scores.items()}}
+            for result in self.training.values()
+        ]
+        return pd.DataFrame(rows, index=pd.Index(self.training, name="policy"))
+
+    @property
+    def methods_table(self) -> pd.DataFrame | None:
+        """Means over seeds of `emorl compare`, one row for each method, indexed by its name."""
+        if self.methods is None:
+            return None
+        rows = {name: {key: spread.mean for key, spread in row.items()} for name, row in self.methods.methods.items()}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+    @property
+    def evaluated(self) -> "Evaluated":
+        """The evaluation's parts.
+
+        Raises:
+            UserError: it has not finished.
+        """
+        if self.evaluation is None or self.summary is None or self.completions is None:
+            stage = "run" if self.search is None else "evaluate"
+            file = Layout(self.output).experiment
+            raise UserError(f"{self.output} has no finished evaluation; run `emorl {stage} {file}` first")
+        return Evaluated(self.evaluation, self.summary, self.completions)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Systems on the test prompts: what was compared, one row for each, and all their answers."""
+
+    result: EvaluationResult
+    summary: pd.DataFrame
+    completions: pd.DataFrame
 
     @property
     def test_prompts(self) -> int:
@@ -66,70 +144,94 @@ class Results:
         return float(self.summary.set_index("system").loc[BASE, "distinct_share"])
 
 
-def read_results(output: Path) -> Results:
+def load_run(output: str | Path) -> Results:
     """The results in an experiment's output directory.
 
     Raises:
-        UserError: no run directory, or its comparison (`emorl evaluate`) is not finished.
+        UserError: no run directory, or a damaged file in it.
     """
-    experiment = load_run(output)
-    manifest_path = output / "evaluate" / "run.json"
-    manifest = read_json(manifest_path) if manifest_path.exists() else {}
-    if not manifest.get("finished"):
-        stage = "evaluate" if (output / "search" / "result.json").exists() else "run"
-        raise UserError(f"{output} has no finished comparison; run `emorl {stage} {output / 'experiment.yaml'}` first")
-    hacking_path, fused = output / "evaluate" / "hacking.json", output / "fuse"
-    trained = {name: experiment.training_of(name) / "result.json" for name in experiment.objectives}
+    output = Path(output)
+    experiment, layout = load_kept_experiment(output), Layout(output)
+    kept = {stage: _result(output / folder, kind) for stage, (folder, kind) in _RESULTS.items()}
+    evaluated, searched = kept["evaluate"] is not None, kept["search"] is not None
+    attacks = layout.evaluation / ATTACKS
     return Results(
         output=output,
         experiment=experiment,
-        search=read_json(output / "search" / "result.json"),
-        trials=pd.read_csv(output / "search" / "trials.csv"),
-        summary=_with_metrics(pd.read_csv(output / "evaluate" / "summary.csv")),
-        completions=pd.read_parquet(output / "evaluate" / "completions.parquet"),
-        indicators=read_json(output / "evaluate" / "result.json"),
-        training={name: read_json(path) for name, path in trained.items() if path.exists()},
+        training=_training(experiment),
+        search=kept["search"],
+        trials=pd.read_csv(layout.search / TRIALS) if searched else None,
+        evaluation=kept["evaluate"],
+        summary=pd.read_csv(layout.evaluation / SUMMARY) if evaluated else None,
+        completions=pd.read_parquet(layout.evaluation / COMPLETIONS) if evaluated else None,
+        attacks=read_result(Attacks, layout.evaluation, ATTACKS) if evaluated and attacks.exists() else None,
+        fusion=kept["fuse"],
+        fusion_trials=_table(layout.fusion / TRIALS),
+        methods=kept["compare"],
+        points=_table(layout.comparison / POINTS),
+        seeds=_table(layout.comparison / SEEDS),
+        dynamic=kept["dynamic"],
         costs=cost_table(output),
-        versions=manifest["versions"],
-        hacking=read_json(hacking_path) if hacking_path.exists() else None,
-        fusion=read_json(fused / "result.json") if (fused / "result.json").exists() else None,
-        fusion_trials=pd.read_csv(fused / "trials.csv") if (fused / "trials.csv").exists() else None,
+        versions=_versions(output),
     )
 
 
-def _with_metrics(summary: pd.DataFrame) -> pd.DataFrame:
-    return summary.assign(**{name: math.nan for name in METRICS if name not in summary})
+def _result(folder: Path, kind: type) -> Any:
+    """A stage's result; None where it has not finished."""
+    manifest = folder / MANIFEST
+    if not (folder / RESULT).exists() or (manifest.exists() and not read_json(manifest).get("finished")):
+        return None
+    return read_result(kind, folder)
+
+
+def _training(experiment: Experiment) -> dict[str, TrainingResult]:
+    folders = {name: _policy_folder(experiment, name) for name in experiment.policy_names}
+    results = {name: _result(folder, TrainingResult) for name, folder in folders.items()}
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _policy_folder(experiment: Experiment, name: str) -> Path:
+    return Layout(experiment.output, experiment.policies).training(name)
+
+
+def _table(file: Path) -> pd.DataFrame | None:
+    return pd.read_csv(file) if file.exists() else None
+
+
+def _versions(output: Path) -> dict[str, str]:
+    """Of the packages that the newest stage ran with."""
+    manifests = sorted(output.glob(f"**/{MANIFEST}"), key=lambda file: file.stat().st_mtime)
+    return read_json(manifests[-1])["versions"] if manifests else {}
 
 
 def cost_table(output: Path) -> pd.DataFrame:
-    """One row per stage that has run, indexed by its name, and their `total`; columns as in `Cost`."""
-    experiment = load_run(output)
+    """One row per stage that has said what it cost, indexed by its name, and their `total`; columns as in `Cost`. What
+    `emorl compare` cost is the training and searching of all its methods."""
+    experiment, layout = load_kept_experiment(output), Layout(output)
     stages = {
-        "quickstart": output / "quickstart",
-        **{f"train {name}": experiment.training_of(name) for name in experiment.objectives},
-        "search": output / "search",
-        "evaluate": output / "evaluate",
-        "fuse": output / "fuse",
+        "quickstart": [output / "quickstart" / COST],
+        **{f"train {name}": [_policy_folder(experiment, name) / COST] for name in experiment.policy_names},
+        **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
+        "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),
     }
-    costs = {name: Cost(**read_json(path / "cost.json")) for name, path in stages.items() if (path / "cost.json").exists()}
+    read = {name: [Cost(**read_json(file)) for file in files if file.exists()] for name, files in stages.items()}
+    costs = {name: sum(parts, Cost()) for name, parts in read.items() if parts}
     costs["total"] = sum(costs.values(), Cost())
     return pd.DataFrame([asdict(cost) for cost in costs.values()], index=pd.Index(costs, name="stage"))
 
 
-def validations(result: Mapping[str, Any]) -> pd.DataFrame:
+def validations_table(result: TrainingResult) -> pd.DataFrame:
     """The validations of one policy's training: step, reward, distinct_share, distinct_2, words (step 0 is the base)."""
-    columns = ["step", "eval_reward", "eval_distinct_share", "eval_distinct_2", "eval_words"]
-    rows = [{name: entry[name] for name in columns} for entry in result["log"] if "eval_reward" in entry]
-    return pd.DataFrame(rows).rename(columns=lambda name: name.removeprefix("eval_")).drop_duplicates("step", keep="last")
+    return pd.DataFrame([asdict(validation) for validation in result.validations])
 
 
-def paired_difference(completions: pd.DataFrame, one: str, other: str, objectives: list[str]) -> tuple[float, float]:
-    """Mean score of system `one` minus that of `other` over the objectives, with its standard error over prompts.
+def paired_difference(completions: pd.DataFrame, system: str, other: str, objectives: list[str]) -> tuple[float, float]:
+    """Mean score of a system minus that of `other` over the objectives, with its standard error over prompts.
 
     Both answered the same prompts, so the error of the difference is smaller than the two errors together.
     """
     per_prompt = completions.groupby(["system", "prompt_index"])[objectives].mean()
-    difference = (per_prompt.loc[one] - per_prompt.loc[other]).mean(axis=1)
+    difference = (per_prompt.loc[system] - per_prompt.loc[other]).mean(axis=1)
     return float(difference.mean()), float(difference.sem())
 
 
@@ -138,12 +240,3 @@ def generations(completions: pd.DataFrame, systems: list[str], prompts: int) -> 
     first = completions[completions["sample"] == completions["sample"].min()]
     table = first.pivot(index=["prompt_index", "prompt"], columns="system", values="completion")
     return table[systems].head(prompts)
-
-
-def without_nan(value: Any) -> Any:
-    """JSON values with null for a number that does not exist."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,40 +1,108 @@
-"""Where the trained policies of an experiment are, and which of its settings they depend on. Kept free of torch."""
+"""Every file name of a run directory, once: what lies where in an experiment's output. Kept free of torch."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from emorl.config import UserError
-from emorl.config.yaml import as_mapping
-from emorl.config.experiment import Experiment, TrainConfig
 
-POLICY_DIRECTORY = "policy"
-_POLICY_FILES = ("policy.json", "adapter_config.json")  # ours, or an adapter that something else trained
-_LATER_SETTINGS = ("mode", "preferences", "tuning", "scst", "dynaopt")  # runs from before them are the same at their defaults
+EXPERIMENT = "experiment.yaml"
+MANIFEST = "run.json"
+RESULT = "result.json"
+COST = "cost.json"
+TRIALS = "trials.csv"
+JOURNAL = "journal.log"
+SCORES = "scores.sqlite"
+POLICY = "policy"
+POLICY_CARD = "policy.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+ENSEMBLE, ENSEMBLE_CARD, FRONT = "ensemble", "ensemble.json", "front.json"
+DYNAMIC_CARD = "dynamic.json"
+COMPLETIONS = "completions.parquet"
+SUMMARY = "summary.csv"
+ATTACKS = "hacking.json"
+SEEDS, POINTS, DECODE = "seeds.csv", "points.csv", "decode.json"
 
 
-def policy_directories(experiment: Experiment) -> dict[str, Path]:
-    """Name -> directory of each finished policy, in the objectives' order.
+@dataclass(frozen=True)
+class Layout:
+    """Where the results of one experiment lie: each stage's in a folder that is named after it.
 
-    Raises:
-        UserError: a policy has not been trained yet.
+    Args:
+        output: the experiment's.
+        policies_output: another experiment's, whose trained policies are used.
     """
-    directories = {name: experiment.training_of(name) / POLICY_DIRECTORY for name in experiment.policy_names}
-    missing = [
-        name for name, directory in directories.items() if not any((directory / file).is_file() for file in _POLICY_FILES)
-    ]
-    if missing:
-        where = experiment.policies or experiment.output
-        raise UserError(
-            f"no trained policy for {', '.join(missing)} in {where}; run `emorl train` first, or give `policies`, the output "
-            "of the experiment that trained them"
-        )
-    return directories
 
+    output: Path
+    policies_output: Path | None = None
 
-def training_settings(experiment: Experiment) -> dict[str, Any]:
-    """What trained policies depend on beside their objectives: search and report settings do not matter."""
-    whole, defaults = as_mapping(experiment), as_mapping(TrainConfig())
-    train = {key: value for key, value in whole["train"].items() if key not in _LATER_SETTINGS or value != defaults[key]}
-    if experiment.train.mode != "dynaopt":
-        train.pop("dynaopt", None)
-    return {**{key: whole[key] for key in ("base", "data", "generation", "seed")}, "train": train}
+    @property
+    def experiment(self) -> Path:
+        """The resolved experiment file."""
+        return self.output / EXPERIMENT
+
+    @property
+    def report(self) -> Path:
+        return self.output / "report" / "report.html"
+
+    def stage(self, name: str) -> Path:
+        """A stage's run directory."""
+        return self.output / name
+
+    def has_result(self, stage: str) -> bool:
+        """Whether a stage has come to a result here, be it that a larger budget would go on."""
+        return (self.stage(stage) / RESULT).is_file()
+
+    def seed(self, seed: int | str) -> Path:
+        """Where `emorl compare` trains and searches with one seed; with * the pattern of all."""
+        return self.output / f"seed-{seed}"
+
+    def training(self, policy: str) -> Path:
+        """A policy's run directory."""
+        return (self.policies_output or self.output) / "train" / policy
+
+    def policy(self, policy: str) -> Path:
+        """A policy's adapter, or its whole model where all of it was tuned."""
+        return self.training(policy) / POLICY
+
+    def is_ours(self, policy: str) -> bool:
+        """Whether emorl has trained a policy, and so said how it went; any other adapter may be used too."""
+        return (self.training(policy) / RESULT).is_file()
+
+    def trained(self, policies: Sequence[str]) -> dict[str, Path]:
+        """Name -> folder of each policy, in order.
+
+        Raises:
+            UserError: a policy has not been trained yet.
+        """
+        folders = {name: self.policy(name) for name in policies}
+        kinds = (POLICY_CARD, ADAPTER)
+        is_there = {name: any((folder / file).is_file() for file in kinds) for name, folder in folders.items()}
+        if missing := [name for name in policies if not is_there[name]]:
+            raise UserError(
+                f"no trained policy for {', '.join(missing)} in {self.policies_output or self.output}; run `emorl train` "
+                "first, or give `policies`, the output of the experiment that trained them"
+            )
+        return folders
+
+    @property
+    def search(self) -> Path:
+        return self.stage("search")
+
+    @property
+    def evaluation(self) -> Path:
+        return self.stage("evaluate")
+
+    @property
+    def fusion(self) -> Path:
+        return self.stage("fuse")
+
+    @property
+    def comparison(self) -> Path:
+        return self.stage("compare")
+
+    @property
+    def dynamic(self) -> Path:
+        return self.stage("dynamic")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from emorl.config import UserError
+from emorl.runs.layout import COST, MANIFEST
 
 _PACKAGES = ("emorl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "optuna")
 
@@ -46,10 +47,12 @@ class Run:
     config: Mapping[str, Any]
     finished: bool
     cost: Cost
+    is_main: bool = True
+    """whether this process writes; of several, the first one does"""
 
     @property
     def cost_path(self) -> Path:
-        return self.path / "cost.json"
+        return self.path / COST
 
     def add_cost(self, cost: Cost) -> "Run":
         """The run with `cost` added, on disk too: what was spent before a kill stays counted."""
@@ -57,7 +60,8 @@ class Run:
 
     def with_cost(self, cost: Cost) -> "Run":
         """The run with `cost` as all it has cost, on disk too."""
-        write_json(self.cost_path, asdict(cost))
+        if self.is_main:
+            write_json(self.cost_path, asdict(cost))
         return replace(self, cost=cost)
 
     def finish(self) -> "Run":
@@ -66,19 +70,20 @@ class Run:
         return replace(self, finished=True)
 
 
-def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
+def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = True) -> Run:
     """The run in `path`: new, unfinished (continue it) or finished (skip it). A setting that is null and one that is not
-    there are the same, so that runs of a version without that setting are known.
+    there are the same. Only the main one of several processes writes.
 
     Raises:
         UserError: `path` holds a run with another config, or a damaged one.
     """
-    manifest_path = path / "run.json"
+    manifest_path = path / MANIFEST
     config = json.loads(json.dumps(config))
     if not manifest_path.exists() or not _holds_work(path):
-        path.mkdir(parents=True, exist_ok=True)
-        _write_manifest(path, stage, config, finished=False)
-        return Run(path, stage, config, finished=False, cost=Cost())
+        if is_main:
+            path.mkdir(parents=True, exist_ok=True)
+            _write_manifest(path, stage, config, finished=False)
+        return Run(path, stage, config, finished=False, cost=Cost(), is_main=is_main)
     manifest = read_json(manifest_path)
     changed = ", ".join(_differences(manifest.get("config", {}), config))
     if manifest.get("stage") != stage or changed:
@@ -86,16 +91,16 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any]) -> Run:
         raise UserError(
             f"{path} holds a run with other settings ({changed}); give another `output`, or move that directory away"
         )
-    cost_path = path / "cost.json"
+    cost_path = path / COST
     cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()
-    return Run(path, stage, config, bool(manifest.get("finished")), cost)
+    return Run(path, stage, config, bool(manifest.get("finished")), cost, is_main)
 
 
 def _holds_work(path: Path) -> bool:
     """Whether a run got further than its start; one that failed at once, on a wrong setting say, may be started anew."""
-    if read_json(path / "run.json").get("finished"):
+    if read_json(path / MANIFEST).get("finished"):
         return True
-    return any(file.is_file() and file.name not in ("run.json", ".lock") for file in path.rglob("*"))
+    return any(file.is_file() and file.name not in (MANIFEST, ".lock") for file in path.rglob("*"))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -114,19 +119,19 @@ def _write_manifest(path: Path, stage: str, config: Mapping[str, Any], *, finish
         "versions": {name: version(name) for name in _PACKAGES},
         "config": config,
     }
-    write_json(path / "run.json", manifest)
+    write_json(path / MANIFEST, manifest)
 
 
 @contextmanager
-def only_process(path: Path) -> Iterator[None]:
-    """Holds the run directory for this process; a second process is told so. Released by the kernel after a kill."""
+def only_process(path: Path, waits: bool = False) -> Iterator[None]:
+    """Holds the run directory for this process; a second process is told so, or waits. Released by the kernel after a kill."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be made ({error.strerror}); give another `output`") from None
     with (path / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path} is being written by another process; wait for it or give another `output`") from None
         yield

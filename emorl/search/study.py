@@ -68,6 +68,11 @@ class Budget:
             rooms.append(int((limit - spent) * len(finished) / spent) if spent else 1)  # one, to see what it costs
         return min(rooms, default=None)
 
+    def is_spent(self, finished: Sequence[Finished]) -> bool:
+        """Whether no further candidate fits."""
+        room = self.room(finished)
+        return room is not None and room < 1
+
 
 Proposer = Callable[[Sequence[Finished]], Sequence[Params] | None]
 """The finished trials, in order of number -> the next candidates, or None when the search is over. What it proposes may
@@ -217,9 +222,9 @@ def search(
     while True:
         finished = finished_trials(study)
         on_finished(finished)
-        room = budget.room(finished)
-        if room is not None and room < 1:
+        if budget.is_spent(finished):
             return finished
+        room = budget.room(finished)
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting:
             proposed = propose(finished)

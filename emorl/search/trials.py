@@ -1,31 +1,92 @@
-"""What all searches make of their trials: a value by the configured scalarisation, a table, what they cost."""
+"""What every search does around the loop and with its trials: progress, one value of each, a table, what they cost."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
+import optuna
 import pandas as pd
 
-from emorl.config.experiment import Experiment
 from emorl.evaluation.pareto import front
-from emorl.objectives.scalarize import importance_of, scalarize
+from emorl.objectives.scalarize import Value
+from emorl.runs.progress import Progress
 from emorl.runs.run import Cost
-from emorl.search.study import Finished, Params, Valuation
+from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Space, Valuation, finished_trials, search
+
+_UNLIMITED = Budget()
 
 
-def valuation(experiment: Experiment, alone: Sequence[Params]) -> Valuation:
-    """The configured scalarisation of finished trials. `alone` are the candidates that are one policy each: until they are
-    evaluated, Chebyshev is the mean."""
-    importance = importance_of(list(experiment.objectives), experiment.value.preferences)
+class Evaluator(Protocol):
+    """Some candidates -> their scores, in the same order."""
 
-    def value(finished: Sequence[Finished]) -> Sequence[float]:
+    def remember(self, finished: Sequence[Finished]) -> None:
+        """Takes in the trials of earlier runs, in order."""
+        ...
+
+    def __call__(self, candidates: Sequence[Params]) -> list[Scored]: ...
+
+
+def search_on(
+    study: optuna.Study,
+    proposer: Proposer,
+    evaluator: Evaluator,
+    space: Space,
+    value: Valuation,
+    *,
+    title: str,
+    expected: int,
+    progress: Progress,
+    batch: int = 1,
+    budget: Budget = _UNLIMITED,
+) -> list[Finished]:
+    """All finished trials of a search that goes on behind what the study holds, with a bar and the best value so far.
+
+    Args:
+        title: whose search it is, such as `fuse`.
+        expected: about how many trials there will be.
+    """
+    known = finished_trials(study)
+    if known:
+        progress.say(f"{title}: continues behind {len(known)} candidates")
+    evaluator.remember(known)
+    with progress.bar(f"search {title}", expected, done=len(known)) as bar:
+        seen = len(known)
+
+        def on_finished(finished: Sequence[Finished]) -> None:
+            nonlocal seen
+            bar.advance(len(finished) - seen, _best_so_far(finished, value))
+            seen = len(finished)
+
+        return search(study, proposer, evaluator, space.distributions, batch=batch, budget=budget, on_finished=on_finished)
+
+
+def _best_so_far(finished: Sequence[Finished], value: Valuation) -> str:
+    if not finished:
+        return ""
+    best, trial = best_trial(finished, value(finished))
+    numbers = (f"{name} {number:.2f}" for name, number in trial.params.items() if isinstance(number, float))
+    return f"best {best:.3f} at {' '.join(numbers)}"
+
+
+def best_trial(finished: Sequence[Finished], values: Sequence[float]) -> tuple[float, Finished]:
+    """The highest value and its trial, the first of equals."""
+    return max(zip(values, finished, strict=True), key=lambda pair: pair[0])
+
+
+def valuation(value: Value, alone: Sequence[Params]) -> Valuation:
+    """The value of finished trials. `alone` are the candidates that are one policy each: until they are evaluated, Chebyshev is
+    the mean."""
+
+    def values(finished: Sequence[Finished]) -> Sequence[float]:
         if not finished:
             return []
         scores = np.array([trial.scores for trial in finished])
         references = np.array([trial.scores for trial in finished if trial.params in alone])
-        known = experiment.value.scalarize != "chebyshev" or len(references) == len(alone)
-        return scalarize(scores, experiment.value.scalarize if known else "mean", importance, references).tolist()
+        if value.method == "chebyshev" and len(references) < len(alone):
+            return scores.mean(1).tolist()
+        return value(scores, references).tolist()
 
-    return value
+    return values
 
 
 def trials_table(finished: Sequence[Finished], objectives: Sequence[str], values: Sequence[float]) -> pd.DataFrame:

@@ -6,34 +6,30 @@ once. With `search.race`, candidates that are clearly worse than the best on the
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import psutil
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from emorl.aggregation.ensemble import MIXTURES, AdapterMixture, HiddenStateEnsemble
+from emorl.aggregation.ensemble import AdapterMixture, HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder, plain_greedy
 from emorl.config import UserError
-from emorl.config.experiment import Experiment, SearchConfig
-from emorl.data import load_prompts
+from emorl.config.experiment import SearchConfig
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.scoring import completions_table, generate, mean_and_error, score
-from emorl.objectives.loading import Objective, load_objective
-from emorl.policies.base import Base, load_base, load_tokenizer, read_policies
-from emorl.policies.prompts import encode, is_chat
+from emorl.objectives.loading import Objective
+from emorl.objectives.scalarize import Value
+from emorl.policies.prompts import encode
 from emorl.search.racing import blocks, survivors
 from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished, Params, Scored
 
 _ROWS = 256  # sequences decoded together by generate()
-
-ScoreValue = Callable[[np.ndarray], np.ndarray]
-"""Mean scores (..., O) -> values (...,), to be maximised."""
 
 
 class WeightEvaluator:
@@ -42,7 +38,7 @@ class WeightEvaluator:
     def __init__(
         self,
         ensemble: AdapterMixture,
-        base: Base,
+        tokenizer: PreTrainedTokenizerBase,
         data: Dataset,
         objectives: Sequence[Objective],
         space: WeightSpace,
@@ -50,11 +46,11 @@ class WeightEvaluator:
         *,
         generation: Mapping[str, Any],
         seed: int,
-        value: ScoreValue,
+        value: Value,
         memo: ScoreMemo,
     ) -> None:
         """`value` ranks candidates in a race; the other arguments are those of the experiment."""
-        self._ensemble, self._base, self._data, self.objectives = ensemble, base, data, objectives
+        self._ensemble, self._tokenizer, self._data, self.objectives = ensemble, tokenizer, data, objectives
         self._space, self._search, self._generation, self._seed = space, search, generation, seed
         self._value, self._memo = value, memo
         self._prompts = list(data["prompt"])
@@ -64,38 +60,9 @@ class WeightEvaluator:
         self._trie = self._new_trie(greedy) if greedy is not None and isinstance(ensemble, HiddenStateEnsemble) else None
         self._best: np.ndarray | None = None  # (P, O) scores of the best candidate that saw all prompts
 
-    @classmethod
-    def load(
-        cls, experiment: Experiment, adapters: Mapping[str, Path], space: WeightSpace, value: ScoreValue, memo: ScoreMemo
-    ) -> Self:
-        """Loads prompts, objectives, base and policies."""
-        splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
-        objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
-        base = load_base(experiment.base)
-        policies = read_policies(adapters, base, experiment.ensemble.adapter_scale)
-        try:
-            ensemble = MIXTURES[experiment.ensemble.aggregate](
-                base.model, policies, include_base=experiment.ensemble.include_base
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        generation = {**experiment.generation, **experiment.search.generation}
-        return cls(
-            ensemble,
-            base,
-            splits.validation,
-            objectives,
-            space,
-            experiment.search,
-            generation=generation,
-            seed=experiment.seed,
-            value=value,
-            memo=memo,
-        )
-
     def _new_trie(self, greedy: Mapping[str, Any]) -> TrieDecoder:
         assert isinstance(self._ensemble, HiddenStateEnsemble)
-        inputs = encode(self._base.tokenizer, self._prompts)
+        inputs = encode(self._tokenizer, self._prompts)
         memory = _free_memory() // 2 if self._search.memory is None else int(self._search.memory * 2**30)
         try:
             return TrieDecoder(self._ensemble, inputs["input_ids"], inputs["attention_mask"], **greedy, memory=memory)
@@ -178,7 +145,7 @@ class WeightEvaluator:
         if self._trie is not None:
             tokens = self._trie.decode(vectors, prompts)  # (C, P, T)
             order = [(index, 0) for index in prompts] * len(vectors)
-            table = completions_table(self._base.tokenizer, self._prompts, order, tokens.flatten(0, 1))
+            table = completions_table(self._tokenizer, self._prompts, order, tokens.flatten(0, 1))
             return table.assign(candidate=np.repeat(np.arange(len(vectors)), len(prompts)))
         if self._is_greedy:
             return self._generate(vectors, prompts)
@@ -190,7 +157,7 @@ class WeightEvaluator:
         asked = self._prompts[prompts.start : prompts.stop]
         table = generate(
             self._ensemble,
-            self._base.tokenizer,
+            self._tokenizer,
             asked * len(vectors),
             self._generation,
             samples=self._search.samples,

@@ -89,7 +89,7 @@ class CollapseCallback(TrainerCallback):
 class CostCallback(TrainerCallback):
     """Adds up what training consumed and writes it to the run at every validation, so that a kill loses little of it."""
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._pending = Cost()
         self._since = time.perf_counter()
@@ -101,8 +101,7 @@ class CostCallback(TrainerCallback):
         now = time.perf_counter()
         self._pending += Cost(seconds=now - self._since)
         self._since = now
-        if self._run is not None:
-            self._run = self._run.add_cost(self._pending)
+        self._run = self._run.add_cost(self._pending)
         self._pending = Cost()
 
     def on_evaluate(

@@ -5,12 +5,11 @@ weighted mean of the rewards (EMORL's Uniform Weighted), `gdpo` normalises each 
 (GDPO, arXiv 2601.05242, as TRL implements it), `dynaopt` lets a bandit move the weights (training/dynaopt.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from emorl.config import UserError, nearest
-from emorl.config.experiment import Experiment, ObjectiveConfig
+from emorl.config.experiment import TrainConfig
 from emorl.objectives.scalarize import importance_of
 
 
@@ -22,25 +21,17 @@ class PolicyPlan:
     """
 
     name: str
-    objectives: Mapping[str, ObjectiveConfig]
+    objectives: tuple[str, ...]
     reward_weights: tuple[float, ...]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     adaptive: bool = False
 
 
-def plan_of(experiment: Experiment, name: str) -> PolicyPlan:
-    """How the policy `name` is trained.
-
-    Raises:
-        UserError: the experiment's mode trains no such policy.
-    """
-    if name not in experiment.policy_names:
-        kind = "objective" if experiment.train.mode == "ensemble" else "policy"
-        raise UserError(f"no {kind} {name!r} in this experiment; {nearest(name, experiment.policy_names)}")
-    mode, objectives = experiment.train.mode, experiment.objectives
-    if mode == "ensemble":
-        return PolicyPlan(name, {name: objectives[name]}, (1.0,))
-    preferences = experiment.train.preferences if mode == "weighted" else {}
-    weights = tuple(importance_of(list(objectives), preferences).tolist())
-    aggregation = "normalize_then_sum" if mode == "gdpo" else "sum_then_normalize"
-    return PolicyPlan(name, objectives, weights, aggregation, adaptive=mode == "dynaopt")
+def plan_of(train: TrainConfig, objectives: Sequence[str], name: str) -> PolicyPlan:
+    """How the policy `name` is trained: an objective's, or the one of the mode."""
+    if train.mode == "ensemble":
+        return PolicyPlan(name, (name,), (1.0,))
+    preferences = train.preferences if train.mode == "weighted" else {}
+    weights = tuple(importance_of(objectives, preferences).tolist())
+    aggregation = "normalize_then_sum" if train.mode == "gdpo" else "sum_then_normalize"
+    return PolicyPlan(name, tuple(objectives), weights, aggregation, adaptive=train.mode == "dynaopt")

@@ -33,7 +33,8 @@ from transformers import (
 )
 from trl.models import unwrap_model_for_generation
 
-from emorl.policies.prompts import as_completion, decode, encode
+from emorl.policies.conversation import as_completion
+from emorl.policies.prompts import decode, encode
 from emorl.training.advantages import AGGREGATIONS, BASELINES, advantages_of
 
 SCALES = ("none", "group")

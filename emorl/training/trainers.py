@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from emorl.config import UserError, check_keys
-from emorl.config.experiment import Experiment
-from emorl.data import load_prompts
+from emorl.config.experiment import BaseConfig, TrainConfig
+from emorl.config.objects import shown_name
+from emorl.data import Splits
 from emorl.evaluation.scoring import evaluate, summarize
-from emorl.objectives.loading import Objective, load_objective
+from emorl.objectives.loading import Objective
 from emorl.policies.adapters import base_fingerprint
-from emorl.policies.base import is_encoder_decoder, load_base, load_tokenizer
-from emorl.policies.prompts import is_chat
+from emorl.policies.base import Base, is_encoder_decoder
+from emorl.runs.run import Run
 from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
 from emorl.training.dynaopt import SCORE, DynaOptCallback
@@ -32,7 +34,6 @@ from emorl.training.modes import PolicyPlan
 from emorl.training.scst import SCSTConfig, SCSTTrainer
 
 BETA = 0.05  # paper's coefficient; its own KL term is identically zero
-CHECKPOINTS = "checkpoints"
 _VALIDATED = ("distinct_share", "distinct_2", "words", "repeated_trigrams")  # beside the rewards
 _SET_BY_EMORL = {
     "output_dir": "output",
@@ -105,23 +106,31 @@ class SCSTPolicyTrainer(_ValidatedPolicy, SCSTTrainer):
 PolicyTrainer = GRPOPolicyTrainer | SCSTPolicyTrainer
 
 
-def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
+def trainer_config(
+    plan: PolicyPlan, train: TrainConfig, base: BaseConfig, generation: Mapping[str, Any], seed: int, output: Path
+) -> TrainerConfig:
     """The `grpo:` or `scst:` block, whichever suits the base, with our defaults for what it leaves out.
+
+    Args:
+        generation: how the policy will be used; its length is the training's.
+        output: where checkpoints go.
 
     Raises:
         UserError: an unknown or impossible setting, or one that emorl sets itself.
     """
-    name, block = training_block(experiment)
+    name, block = training_block(train, base)
     kind = SCSTConfig if name == "train.scst" else GRPOConfig
     for key in block:
         if key in _SET_BY_EMORL:
             raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
     check_keys(block, {field.name for field in dataclasses.fields(kind)}, name, kind.__name__)
     steps, eval_steps = training_steps(name, block)
-    given = {**_defaults(experiment, steps, eval_steps), **({"num_generations_eval": 1} if kind is GRPOConfig else {}), **block}
+    length = generation.get("max_new_tokens", 64)
+    of_kind = {"num_generations_eval": 1} if kind is GRPOConfig else {}
+    given = {**_defaults(base.dtype == "bfloat16", length, steps, eval_steps), **of_kind, **block}
     fixed = {
-        "output_dir": str(experiment.training_of(plan.name) / CHECKPOINTS),
-        "seed": experiment.seed,
+        "output_dir": str(output),
+        "seed": seed,
         "eval_steps": eval_steps,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_selection",
@@ -140,18 +149,18 @@ def trainer_config(experiment: Experiment, plan: PolicyPlan) -> TrainerConfig:
     return config
 
 
-def training_block(experiment: Experiment) -> tuple[str, Mapping[str, Any]]:
+def training_block(train: TrainConfig, base: BaseConfig) -> tuple[str, Mapping[str, Any]]:
     """Name and content of the block that suits the base: `train.scst` for an encoder-decoder, else `train.grpo`.
 
     Raises:
         UserError: the other block has settings.
     """
-    blocks = {"train.grpo": experiment.train.grpo, "train.scst": experiment.train.scst}
-    encoder_decoder = is_encoder_decoder(experiment.base.model)
+    blocks = {"train.grpo": train.grpo, "train.scst": train.scst}
+    encoder_decoder = is_encoder_decoder(base.model)
     name, other = ("train.scst", "train.grpo") if encoder_decoder else ("train.grpo", "train.scst")
     if blocks[other]:
         what = "an encoder-decoder" if encoder_decoder else "a decoder"
-        raise UserError(f"{other} has settings, but base.model {experiment.base.model!r} is {what}; use {name}")
+        raise UserError(f"{other} has settings, but base.model {shown_name(base.model)!r} is {what}; use {name}")
     return name, blocks[name]
 
 
@@ -168,21 +177,21 @@ def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
     return steps, min(eval_steps, steps)
 
 
-def _defaults(experiment: Experiment, steps: int, eval_steps: int) -> dict[str, Any]:
+def _defaults(half_precision: bool, length: int, steps: int, eval_steps: int) -> dict[str, Any]:
     return {
         "learning_rate": 1e-4,  # paper
         "lr_scheduler_type": "constant",  # paper
         "max_grad_norm": 2.0,  # paper
         "max_steps": steps,
         "beta": BETA,
-        "max_completion_length": experiment.generation.get("max_new_tokens", 64),
+        "max_completion_length": length,
         "save_steps": eval_steps,
         "save_total_limit": 2,
         "logging_steps": 1,
         "eval_on_start": True,
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": experiment.base.dtype == "bfloat16",
+        "bf16": half_precision,
         "gradient_checkpointing": False,
         "use_cpu": not torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
@@ -197,49 +206,56 @@ def prompts_per_step(config: TrainerConfig) -> int:
     return rows // (config.num_generations or 1) if isinstance(config, GRPOConfig) else rows
 
 
-def lora_config(experiment: Experiment) -> LoraConfig | None:
+def lora_config(train: TrainConfig, base: BaseConfig) -> LoraConfig | None:
     """The `lora:` block; None where every parameter is tuned.
 
     Raises:
         UserError: an unknown or impossible setting.
     """
-    block = experiment.train.lora
+    block = train.lora
     check_keys(block, {field.name for field in dataclasses.fields(LoraConfig)}, "train.lora", "peft.LoraConfig")
-    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(experiment.base.model) else "CAUSAL_LM"
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(base.model) else "CAUSAL_LM"
     try:
         lora = LoraConfig(**{"task_type": task, **block})
     except (ValueError, TypeError) as error:
         raise UserError(f"train.lora: {' '.join(str(error).split())}") from None
-    if experiment.train.tuning == "lora":
+    if train.tuning == "lora":
         return lora
-    if experiment.base.dtype != "float32":
+    if base.dtype != "float32":
         raise UserError("train.tuning: full needs base.dtype: float32; in bfloat16 small steps are lost")
     return None
 
 
 def build_trainer(
-    experiment: Experiment, plan: PolicyPlan, config: TrainerConfig, lora: LoraConfig | None, cost: CostCallback
+    plan: PolicyPlan,
+    train: TrainConfig,
+    config: TrainerConfig,
+    lora: LoraConfig | None,
+    *,
+    base: Base,
+    splits: Splits,
+    objectives: Sequence[Objective],
+    generation: Mapping[str, Any],
+    run: Run,
 ) -> PolicyTrainer:
-    """Loads prompts, objectives and base into the trainer that suits the base.
+    """The trainer that suits the base, which it changes; `objectives` are the plan's.
 
     Raises:
-        UserError: what cannot be loaded, or settings that TRL refuses.
+        UserError: settings that TRL refuses.
     """
-    splits = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model)))
-    objectives = [load_objective(name, objective) for name, objective in plan.objectives.items()]
-    base = load_base(experiment.base)
     if lora is None:
         base.model.requires_grad_(True)
+    cost = CostCallback(run)
     callbacks: list[TrainerCallback] = [
-        ConvergenceCallback(experiment.train.convergence.window, experiment.train.convergence.threshold),
-        CollapseCallback(experiment.train.collapse.share, experiment.train.collapse.patience),
+        ConvergenceCallback(train.convergence.window, train.convergence.threshold),
+        CollapseCallback(train.collapse.share, train.collapse.patience),
         cost,
     ]
     kind: Any = GRPOPolicyTrainer if isinstance(config, GRPOConfig) else SCSTPolicyTrainer
     counters = [RewardCounter(objective, cost, first=index == 0) for index, objective in enumerate(objectives)]
     try:
         trainer = kind(
-            validation=Validation(objectives, plan.reward_weights, experiment.generation, splits.validation),
+            validation=Validation(objectives, plan.reward_weights, generation, splits.validation),
             fingerprint=base_fingerprint(base.model),
             model=base.model,
             processing_class=base.tokenizer,
@@ -255,12 +271,15 @@ def build_trainer(
     except ValueError as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from None
     if plan.adaptive:
-
-        def set_weights(weights: list[float]) -> None:
-            trainer.reward_weights = torch.tensor(weights, dtype=torch.float32)
-
-        trainer.add_callback(
-            DynaOptCallback(list(plan.objectives), experiment.train.dynaopt.gamma, experiment.seed, set_weights)
-        )
+        _let_weights_move(trainer, plan, train.dynaopt.gamma)
     trainer.remove_callback(PrinterCallback)  # our progress bar shows the rewards; `result.json` and `report_to` keep the rest
     return trainer
+
+
+def _let_weights_move(trainer: PolicyTrainer, plan: PolicyPlan, gamma: float) -> None:
+    """Adds DynaOpt's bandit to a trainer."""
+
+    def set_weights(weights: list[float]) -> None:
+        trainer.reward_weights = torch.tensor(weights, dtype=torch.float32)
+
+    trainer.add_callback(DynaOptCallback(list(plan.objectives), gamma, trainer.args.seed, set_weights))

@@ -16,16 +16,12 @@ from peft import PeftModel
 
 from emorl.config.experiment import Experiment, load_experiment
 from emorl.config.fuse import PolicyFuseConfig
-from emorl.data import load_prompts
 from emorl.evaluation.scoring import evaluate, summarize
-from emorl.objectives.loading import load_objective
-from emorl.policies.base import load_base, load_tokenizer
-from emorl.policies.prompts import is_chat
 from emorl.runs.console import Console
+from emorl.runs.results import FusionResult
 from emorl.runs.run import written_whole
-from emorl.search.fusion_result import read_fusion
-from emorl.search.fusion_search import fuse_policies
-from emorl.search.weight_search import silence_optuna
+from emorl.stages.materials import Materials
+from emorl.stages.stage import perform
 
 SEARCHES = ("q_learning", "random", "tpe", "cma_es", "settings_descent", "reinforced_merging", "coordinate_descent")
 """the last two choose layer by layer"""
@@ -39,7 +35,7 @@ def variants(experiment: Experiment, policies: str, seeds: Sequence[int]) -> Ite
         policies: folder of the trained policies, with {seed} in it.
     """
     for seed in seeds:
-        own = replace(
+        of_seed = replace(
             experiment,
             seed=seed,
             data=replace(experiment.data, seed=experiment.seed),
@@ -47,35 +43,34 @@ def variants(experiment: Experiment, policies: str, seeds: Sequence[int]) -> Ite
         )
         for name in SEARCHES:
             settings = replace(experiment.fuse, proposer=name)
-            yield name, seed, replace(own, output=experiment.output / f"seed-{seed}" / name, fuse=settings)
+            yield name, seed, replace(of_seed, output=experiment.output / f"seed-{seed}" / name, fuse=settings)
         for method in MERGES:
             name = f"equal {method}"
             settings = PolicyFuseConfig(method=method)
-            yield name, seed, replace(own, output=experiment.output / f"seed-{seed}" / f"equal-{method}", fuse=settings)
+            yield name, seed, replace(of_seed, output=experiment.output / f"seed-{seed}" / f"equal-{method}", fuse=settings)
 
 
-def judged(experiment: Experiment) -> dict[str, float]:
+def judged(experiment: Experiment, materials: Materials) -> dict[str, float]:
     """The fused policy on the test prompts."""
-    base = load_base(experiment.base)
+    base = materials.own_base()
     policy = PeftModel.from_pretrained(base.model, str(experiment.output / "fuse" / "policy")).eval()
-    data = load_prompts(experiment.data, experiment.seed, is_chat(load_tokenizer(experiment.base.model))).test
-    objectives = [load_objective(name, config) for name, config in experiment.objectives.items()]
-    table = evaluate(policy, base.tokenizer, data, objectives, experiment.generation).table
+    table = evaluate(policy, base.tokenizer, materials.splits.test, materials.objectives, experiment.generation).table
     table.to_parquet(experiment.output / "fuse" / "test.parquet", index=False)
     return summarize(table, list(experiment.objectives))
 
 
-def row(name: str, seed: int, experiment: Experiment) -> dict[str, float | str]:
+def row(name: str, seed: int, result: FusionResult, materials: Materials) -> dict[str, float | str]:
     """One fusion: what it is, what the search thought of it, and what the test prompts say."""
-    found, path = read_fusion(experiment), experiment.output / "fuse" / "trials.csv"
+    experiment = materials.experiment
+    path = experiment.output / "fuse" / "trials.csv"
     trials = pd.read_csv(path) if path.exists() else pd.DataFrame({"value": [], "seconds": []})
     objectives = list(experiment.objectives)
-    test = judged(experiment)
+    test = judged(experiment, materials)
     return {
         "method": name,
         "seed": seed,
-        "fusion": found.get("method", "by layer"),
-        "validation": found.get("value", float("nan")),
+        "fusion": result.method or "by layer",
+        "validation": float("nan") if result.value is None else result.value,
         "test_mean": test["mean"],
         **{f"test_{objective}": test[objective] for objective in objectives},
         "distinct_share": test["distinct_share"],
@@ -91,13 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", default="runs/counselling_methods/seed-{seed}/ensemble", help="(%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(arguments)
-    silence_optuna()
     experiment = load_experiment(options.experiment, options.overrides)
-    rows = []
-    for name, seed, one in variants(experiment, options.policies, options.seeds):
+    rows, materials = [], Materials(experiment)
+    for name, seed, variant in variants(experiment, options.policies, options.seeds):
         Console().say(f"seed {seed}, {name}")
-        fuse_policies(one, Console())
-        rows.append(row(name, seed, one))
+        result = perform("fuse", variant, Console(), materials.of(variant))
+        rows.append(row(name, seed, result, materials.of(variant)))
     table = pd.DataFrame(rows)
     with written_whole(experiment.output / "comparison.csv") as temporary:
         table.to_csv(temporary, index=False)

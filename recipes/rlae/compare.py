@@ -1,4 +1,4 @@
-"""The small experiment for several seeds of its controllers, and with controllers trained at other span lengths.
+"""The small experiment for several seeds of its agents, and with agents trained at other span lengths.
 
     python -m recipes.rlae.compare --seeds 0 1 2
 
@@ -7,14 +7,15 @@ All seeds share the specialists and the test problems. What is finished is skipp
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 from emorl.config.experiment import load_experiment
-from emorl.dynamic.comparison import read_dynamic, run_dynamic
 from emorl.reporting.dynamic_table import dynamic_table
 from emorl.runs.console import Console
+from emorl.stages.stage import perform
 from recipes.rlae.specialists import OPERATIONS, make
 
 EXPERIMENT = Path(__file__).parent / "experiment.yaml"
@@ -46,22 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make(options.output / "specialists", options.steps, options.steps)
     for seed in options.seeds:
         experiment = load_experiment(EXPERIMENT, overrides_of(options.output, seed, options.overrides))
-        run_dynamic(experiment, Console())
-        result = read_dynamic(experiment.output)
+        result = perform("dynamic", experiment, Console())
         print(f"seed {seed}: {dynamic_table(result)}\n", flush=True)
-        own = experiment.dynamic.span
-        rows += [{"seed": seed, "trained at": own, **system} for system in result["systems"]]
+        rows += [{"seed": seed, "trained at": experiment.dynamic.span, **asdict(system)} for system in result.systems]
         for span in options.spans:
             more = [*options.overrides, f"output={options.output}/seed-{seed}-span-{span}", f"dynamic.span={span}"]
             more += ["dynamic.agents=[ppo]", f"dynamic.spans=[{span}]"]
             other = load_experiment(EXPERIMENT, [*overrides_of(options.output, seed, []), *more])
-            run_dynamic(other, Console())
-            systems = read_dynamic(other.output)["systems"]
-            rows += [{"seed": seed, "trained at": span, **one} for one in systems if one["name"] == "RLAE-PPO"]
+            systems = perform("dynamic", other, Console()).systems
+            rows += [{"seed": seed, "trained at": span, **asdict(system)} for system in systems if system.name == "RLAE-PPO"]
     table = pd.DataFrame(rows).fillna({"span": 0})
     table.drop(columns=["scores", "mean_weights"]).to_csv(options.output / "systems.csv", index=False)
     grouped = table.groupby(["name", "trained at", "span"], sort=False)
-    print(grouped[["value", "gain", "tokens_per_second", "controller_share"]].agg(["mean", "std"]).round(3).to_string())
+    print(grouped[["value", "gain", "tokens_per_second", "choosing_share"]].agg(["mean", "std"]).round(3).to_string())
 
 
 if __name__ == "__main__":

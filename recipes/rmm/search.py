@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from emorl.fusion.merging_map import MergingSpace, Plan, assemble, count_blocks
+from emorl.fusion.assembly import assemble, count_blocks
+from emorl.fusion.merging_map import MergingSpace, Plan
 from emorl.search.proposers.coordinate_descent import CoordinateDescent, RandomPlans
 from emorl.search.proposers.optuna_samplers import OptunaProposer
 from emorl.search.proposers.reinforced_merging import COLUMN_SCORES, PPOSettings, ReinforcedMerging
 from emorl.search.study import Budget, Finished, Params, Proposer, Scored, finished_trials, open_study, search
-from emorl.search.weight_search import silence_optuna
+from emorl.search.weights import silence_optuna
 from recipes.rmm.classifiers import Setting, accuracies, text, vision
 
 HOST = "ties"

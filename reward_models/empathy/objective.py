@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from emorl.data import completion_text, prompt_text
-from emorl.objectives import Classifier
+from emorl.objectives.models.classifier import Classifier
 from emorl.objectives.models.frozen_model import Dtype
+from emorl.policies.conversation import completion_text, prompt_text
 from emorl.runs.run import read_json
 from reward_models.guarded import Guard
 from reward_models.linear import LinearModel

@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional
 
 from emorl.evaluation.agreement import auc
-from emorl.objectives import Specificity
+from emorl.objectives.models.similarity import Specificity
+from emorl.runs.layout import MODEL
 from emorl.runs.run import write_json, write_text
 from emorl.training.reward.calibration import calibrate
-from emorl.training.reward.model import MODEL_DIRECTORY
 from reward_models.agreement import Score, attack_table, pair_scores
 from reward_models.command import finish, run
 from reward_models.dialogues import SOURCES, responses, within_source
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> None:
     bank_pairs, fitting = hold_out(rest, 0.3, arguments.seed)
     bank = sorted({pair.prompt for pair in bank_pairs})
     gate = fit(arguments.encoder, fitting, within_source(fitting, random.Random(arguments.seed)), bank)
-    folder = arguments.output / MODEL_DIRECTORY
+    folder = arguments.output / MODEL
     folder.mkdir(parents=True, exist_ok=True)
     save_gate(folder, gate, bank)
     write_json(folder / "metrics.json", {})

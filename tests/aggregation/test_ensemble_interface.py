@@ -1,9 +1,7 @@
 """What surrounds decoding: the base stays untouched, the bare base as a policy, saving and loading, and every
 refusal."""
 
-import json
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -70,56 +68,6 @@ def test_the_bare_base_as_last_policy_allows_extrapolation(base, adapters, input
     torch.testing.assert_close(model(**inputs, weights=[1.5, 0, -0.5]).logits, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_saved_and_loaded_it_gives_the_same_tokens(base, adapters, inputs, mixture, tmp_path):
-    model = mixture(base, adapters, weights=[0.9, 0.2], include_base=False)
-    model.save_pretrained(tmp_path / "saved")
-    assert [file.name for file in (tmp_path / "saved").iterdir()] == ["config.json"]
-    loaded = mixture.from_pretrained(tmp_path / "saved")
-    assert (loaded.policy_names, loaded.weights) == (model.policy_names, model.weights)
-    for options in ({}, {"num_beams": 2}, {"weights": [1.0, 0.0]}):
-        expected = model.generate(**inputs, **GREEDY, **options)
-        assert torch.equal(loaded.generate(**inputs, **GREEDY, **options), expected)
-
-
-def test_base_policy_and_data_type_are_saved(tiny_base_dir, adapters, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.bfloat16)
-    HiddenStateEnsemble(base, adapters, [2, 0, -1], include_base=True).save_pretrained(tmp_path)
-    loaded = HiddenStateEnsemble.from_pretrained(tmp_path)
-    assert (loaded.dtype, loaded.weights, loaded.include_base) == (torch.bfloat16, (2, 0, -1), True)
-
-
-def test_a_reference_that_has_gone_or_changed_is_named(base, adapters, mixture, tmp_path, make_causal_model):
-    saved = tmp_path / "saved"
-    mixture(base, adapters).save_pretrained(saved)
-    with pytest.raises(ValueError, match=r"holds no config.json; expected what"):
-        mixture.from_pretrained(tmp_path)
-    other = ParameterAverage if mixture is HiddenStateEnsemble else HiddenStateEnsemble
-    with pytest.raises(ValueError, match=f"is of a {mixture.__name__}, not of a {other.__name__}"):
-        other.from_pretrained(saved)
-
-    file = saved / "config.json"
-    references = json.loads(file.read_text())
-    make_causal_model("llama", seed=5).save_pretrained(tmp_path / "elsewhere")
-    file.write_text(json.dumps(references | {"base": "../elsewhere"}))
-    with pytest.raises(ValueError, match=r"was saved over another base than .* put the former base back"):
-        mixture.from_pretrained(saved)
-    file.write_text(json.dumps(references | {"base": "../nowhere"}))
-    with pytest.raises(ValueError, match=r"the base model in .*nowhere, which has gone; put it back or correct"):
-        mixture.from_pretrained(saved)
-    file.write_text(json.dumps(references))
-    adapters["short"].path.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"refers to the adapter of policy 'short' in .*short, which has gone"):
-        mixture.from_pretrained(saved)
-
-
-def test_an_in_memory_base_and_saving_options_are_refused(make_causal_model, adapters, mixture, tmp_path):
-    model = mixture(make_causal_model("llama"), adapters)
-    with pytest.raises(ValueError, match="was made in memory; save it and load it from there"):
-        model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"got \['max_shard_size'\]; references are saved"):
-        model.save_pretrained(tmp_path, max_shard_size="1GB")
-
-
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -179,14 +127,3 @@ def test_capped_logits_are_refused_only_for_hidden_states(make_causal_model, wri
 def test_a_missing_input_is_refused(base, adapters, mixture):
     with pytest.raises(ValueError, match="Neither input_ids nor inputs_embeds given"):
         mixture(base, adapters)(attention_mask=torch.ones(1, 2))
-
-
-def test_the_directory_tree_can_be_moved(tmp_path, make_causal_model, write_adapter, inputs):
-    run = tmp_path / "run"
-    make_causal_model("llama").save_pretrained(run / "base")
-    base = AutoModelForCausalLM.from_pretrained(run / "base")
-    model = HiddenStateEnsemble(base, {"one": read_adapter(write_adapter(base, run / "one"))})
-    model.save_pretrained(run / "ensemble")
-    expected = model.generate(**inputs, **GREEDY)
-    moved = Path(run.rename(tmp_path / "moved"))
-    assert torch.equal(HiddenStateEnsemble.from_pretrained(moved / "ensemble").generate(**inputs, **GREEDY), expected)

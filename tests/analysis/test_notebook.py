@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from emorl import load_run
 from emorl.evaluation.pareto import hypervolume
-from emorl.reporting.results import read_results
 
 NOTEBOOK = Path(__file__).parents[2] / "analysis" / "pareto_front.ipynb"
 
@@ -43,20 +43,20 @@ def test_draws_one_front_per_pair_of_objectives(outputs):
 def test_hypervolumes_equal_the_recorded_ones_and_name_their_reference(outputs, finished_run):
     text = _text(outputs["hypervolume"])
     assert "direction: maximise" in text
-    assert str(read_results(finished_run).indicators["reference_point"]) in text
+    assert str(load_run(finished_run).evaluation.reference_point) in text
     rows = [line.split()[-2:] for line in text.splitlines() if line.startswith(("policies", "parameter", "ensemble"))]
     assert len(rows) == 3
     assert all(computed == recorded and float(computed) > 0 for computed, recorded in rows)
 
 
 def test_growth_ends_at_the_hypervolume_of_all_trials(outputs, finished_run):
-    scores = read_results(finished_run).trials[["score_reflection", "score_empathy", "score_fluency"]]
+    scores = load_run(finished_run).trials[["score_reflection", "score_empathy", "score_fluency"]]
     whole = hypervolume(scores, scores.min().tolist())
     assert f"hypervolume after 15 trials: {whole:.6g}" in _text(outputs["growth"])
 
 
 def test_shows_the_weights_of_every_point_of_the_front(outputs, finished_run):
-    points = int(read_results(finished_run).trials["front"].sum())
+    points = int(load_run(finished_run).trials["front"].sum())
     html = outputs["weights"][0]["data"]["text/html"]
     assert html.count("<tr") == points + 1
     assert "weight_empathy" in html

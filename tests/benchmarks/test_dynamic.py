@@ -1,4 +1,4 @@
-"""The benchmark of controllers runs, and every way writes as many tokens as it says."""
+"""The benchmark of agents runs, and every way writes as many tokens as it says."""
 
 import json
 
@@ -8,9 +8,9 @@ from benchmarks import dynamic
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_benchmark_of_controllers_compares_all_ways(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_of_agents_compares_all_ways(capsys: pytest.CaptureFixture[str]) -> None:
     dynamic.main(["--size", "tiny", "--batch", "2", "--tokens", "8", "--spans", "4", "--repeats", "1", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["way"] for row in rows][:3] == ["fixed", "generate()", "signals, span 4"]
     assert rows[0]["overhead"] == 0
-    assert all(row["controller"] > 0 for row in rows[2:])
+    assert all(row["choosing"] > 0 for row in rows[2:])

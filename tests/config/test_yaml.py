@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from emorl.config import UserError
-from emorl.config.experiment import Experiment, TransformConfig, load_experiment, load_run
+from emorl.config.experiment import Experiment, TransformConfig, load_experiment, load_kept_experiment
 from emorl.config.yaml import apply_overrides, as_mapping, describe, parse, read_yaml, to_yaml
 
 CONTENT = {
@@ -38,7 +38,7 @@ def test_transform_beside_function_is_no_option_unless_it_stands_in_options():
 def test_a_written_experiment_is_read_back_equal(tmp_path):
     settings = ["train.grpo.learning_rate=1e-3", "objectives.a.transform={range: [0, 5], log: true}"]
     (tmp_path / "experiment.yaml").write_text(to_yaml(experiment(*settings)))
-    again = load_run(tmp_path)
+    again = load_kept_experiment(tmp_path)
     assert again == experiment(*settings, f"output={tmp_path}")  # where it is found
     assert again.train.grpo["learning_rate"] == 0.001
 
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_experiment_is_refused(tmp_path, text, message):
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run directory"):
-        load_run(tmp_path)
+        load_kept_experiment(tmp_path)
 
 
 def test_help_names_every_key_with_its_meaning():

@@ -6,9 +6,9 @@ import pytest
 
 from emorl.evaluation.hacking import (
     References,
+    attack_objective,
     attack_texts,
     best_fixed_response,
-    check_objective,
     length_correlation,
     rank_correlation,
     rewarded_words,
@@ -56,7 +56,7 @@ def completions(rule, systems=("base", "policy")):
 
 
 def check(rule, systems=("base", "policy"), references=References()):  # noqa: B008
-    return check_objective("x", scorer(rule), completions(rule, systems), references, "base", seed=0)
+    return attack_objective("x", scorer(rule), completions(rule, systems), references, "base", seed=0)
 
 
 def verdicts(found):
@@ -89,7 +89,7 @@ def test_what_was_spent_is_counted_and_small():
     table = pd.concat([completions(counts_sorry).assign(prompt_index=lambda t, n=n: t["prompt_index"] + 12 * n,
                                                         completion=lambda t, n=n: t["completion"] + f" {n}")
                        for n in range(30)])  # fmt: skip
-    found = check_objective("x", score, table, References(), "base", seed=0)
+    found = attack_objective("x", score, table, References(), "base", seed=0)
     assert found.scored == sum(calls) <= 2100
     assert found.prompts == 64
 
@@ -109,7 +109,7 @@ def test_references_set_the_bar_and_are_tried_as_the_fixed_response():
 
 def test_an_objective_that_scores_nothing_is_unscored_without_a_warning():
     table = completions(counts_sorry).assign(x=np.nan)
-    found = check_objective("x", lambda rows, texts: [None] * len(texts), table, References(), "base", seed=0)
+    found = attack_objective("x", lambda rows, texts: [None] * len(texts), table, References(), "base", seed=0)
     assert set(verdicts(found).values()) == {"unscored"}
     assert np.isnan(found.length_of_base.value)
 

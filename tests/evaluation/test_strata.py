@@ -188,7 +188,7 @@ def test_scores_stay_unbiased_when_counts_play_against_them_and_errors_are_right
     assert np.where(lucky, *pooled).mean() - truth > 0.01  # what the anchor's fixed share is for
 
 
-def test_scores_stay_unbiased_under_the_controller():
+def test_scores_stay_unbiased_under_the_allocation():
     labels = ["a"] * 30 + ["b"] * 30
     pools, rng, found, sets = made_pools(labels, anchor=0.2, adaptive=0.8), np.random.default_rng(0), [], set()
     allocation = Allocation(total=16, floor=2, by="weakness", every=1)
@@ -246,7 +246,7 @@ def test_sets_of_different_searches_are_not_compared():
             paired_difference(scores, scores, pools, one, other)
 
 
-def test_the_controller_moves_items_to_what_varies_or_is_weak():
+def test_the_allocation_moves_items_to_what_varies_or_is_weak():
     labels = ["flat"] * 50 + ["wild"] * 50
     pools, scores = made_pools(labels), np.full((2, 100, 1), 0.9)
     scores[:, 50:, 0] = np.tile([0.0, 1.0], 25)
@@ -272,7 +272,7 @@ def test_a_version_is_new_only_where_counts_move_and_only_every_so_many_candidat
     assert next_set(moved, scores[:3], pools, allocation) is moved
 
 
-def test_the_controller_reads_the_anchor_alone_so_a_resumed_search_gets_the_same_sets():
+def test_the_allocation_reads_the_anchor_alone_so_a_resumed_search_gets_the_same_sets():
     pools, rng = made_pools(), np.random.default_rng(0)
     scores = rng.random((8, len(LABELS), 2)) * rng.random((8, len(LABELS), 1))
     other = rng.random(scores.shape)
@@ -291,7 +291,7 @@ def test_the_controller_reads_the_anchor_alone_so_a_resumed_search_gets_the_same
     assert whole[4:] == sets(scores, whole[4], begin=4)  # stopped after four candidates
 
 
-def test_scores_the_controller_cannot_use_are_refused():
+def test_scores_the_allocation_cannot_use_are_refused():
     pools = made_pools()
     weak = Allocation(total=24, by="weakness", every=1)
     with pytest.raises(ValueError, match=r"expected scores in \[0, 1\], got the mean 7"):

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from emorl.config import UserError
+from emorl.fusion.chunks import combine, gram
+from emorl.fusion.methods.method import EntryWise, Setting, WeightedSum
+from emorl.fusion.methods.spherical import karcher_coefficients, slerp_coefficients
+from emorl.fusion.methods.ties import trim_threshold
 from emorl.fusion.operators import (
     OPERATORS,
     Fusion,
     check_fusion,
-    combine,
+    coefficients_of,
     fuse_tensor,
-    gram,
-    karcher_coefficients,
-    slerp_coefficients,
-    trim_threshold,
+    methods_markdown,
 )
 
 BIG = (1 << 18) + 1017  # more than one chunk
@@ -172,11 +173,74 @@ def test_combine_equals_the_sum_over_many_chunks():
         (Fusion("linear", (1, 1, 1)), True, "got 3 weights for 2 models"),
         (Fusion("linear", (1, math.nan)), True, "must be finite"),
         (Fusion("dare_ties", (1, 1), {"density": 0}), True, "share of entries kept"),
+        (Fusion("ties", (1, 1), {"density": [0.5]}), True, r"share of entries kept, in \(0, 1\], for all models or each; got"),
+        (Fusion("ties", (1, 1), {"density": "0.5"}), True, "share of entries kept"),
+        (Fusion("ties", (1, 1), {"thresholds": [0.1]}), True, "a number of at least 0 for each model; got"),
+        (Fusion("ties", (1, 1), {"scale": math.inf}), True, "ties: scale is .* a finite number; got inf"),
+        (Fusion("linear", (1, 1), {"normalize": "no"}), True, "whether the weights are divided by their sum, true or false"),
+        (Fusion("linear", (1, 1), {"scale": 2}), True, "take it out of the settings .it is one of task_arithmetic, ties"),
+        (Fusion("slerp", (1, 1), {"space": "weight"}), True, "weights or task_vectors; got 'weight'"),
+        (Fusion("slerp", (1, 1), {"space": "task_vectors"}), False, "works on differences to a base model"),
+        (Fusion("slerp", (1, -1)), True, "sum to 0 and cannot be normalised"),
+        (Fusion("linear", (1, -1)), True, "sum to 0 and cannot be normalised"),
+        (Fusion("model_stock", (1, 2)), True, "treats all models alike"),
+        (Fusion("keep", (1, 1)), True, "keep takes one model, whose weight alone is not 0"),
     ],
 )
 def test_mistakes_are_told(fusion, base, message):
     with pytest.raises(UserError, match=message):
         check_fusion(fusion, 2, base)
+
+
+def test_defaults_are_what_a_method_allows():
+    for method, operator in OPERATORS.items():
+        for name, setting in operator.settings.items():
+            assert setting.allows(setting.default, 3), (method, name)
+        weights = (1.0, 0.0, 0.0) if method == "keep" else (1.0, 1.0, 1.0)
+        check_fusion(Fusion(method, weights, operator.complete({})), 3, has_base=True)
+
+
+def test_the_page_tells_of_every_method_and_setting():
+    sections = {text.split("\n", 1)[0]: " ".join(text.split()) for text in methods_markdown().split("\n## ")[1:]}
+    assert list(sections) == list(OPERATORS)
+    for method, operator in OPERATORS.items():
+        text = sections[method]
+        assert " ".join(operator.summary.split()) in text
+        assert f"- paper: {operator.paper or 'none'} -" in text
+        assert ("- base: needed" in text) == operator.needs_base
+        assert f"- models: {operator.least_models} or more" in text
+        for name, setting in operator.settings.items():
+            assert f"- `{name}` ({str(setting.default).lower()}): {setting.meaning}; {setting.expected}" in text
+    assert max(map(len, methods_markdown().splitlines())) <= 110
+
+
+def test_a_method_is_applied_checked_and_documented_by_being_listed(monkeypatch):
+    power = Setting(2.0, "the exponent of the weights", "at least 1", lambda value, _: value >= 1)
+
+    def powers(products, weights, *, power):
+        return [weight**power for weight in weights]
+
+    largest = EntryWise(summary="The largest entries.", fuse=lambda tensors, *_: torch.stack(list(tensors)).amax(0))
+    monkeypatch.setitem(OPERATORS, "powers", WeightedSum(summary="By powers.", settings={"power": power}, coefficients=powers))
+    monkeypatch.setitem(OPERATORS, "largest", largest)
+    tensors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])]
+    torch.testing.assert_close(fuse("powers", tensors, [1, 2]), torch.tensor([13.0, 6.0]))
+    torch.testing.assert_close(fuse("powers", tensors, [1, 2], power=3.0), torch.tensor([25.0, 10.0]))
+    assert coefficients_of(Fusion("powers", (1, 2)), lambda: torch.eye(2)) == [1.0, 4.0]  # what adapters go by
+    assert fuse("largest", tensors, [1, 1], torch.zeros(2)).tolist() == [3.0, 2.0]
+    assert coefficients_of(Fusion("largest", (1, 2)), lambda: torch.eye(2)) is None
+    with pytest.raises(UserError, match=r"powers: power is the exponent of the weights, at least 1; got 0"):
+        check_fusion(Fusion("powers", (1, 1), {"power": 0}), 2, has_base=False)
+    assert "## powers\n\nBy powers.\n" in methods_markdown()
+    assert "- `power` (2.0): the exponent of the weights; at least 1\n" in methods_markdown()
+
+
+def test_a_tensor_that_counts_nothing_is_not_read():
+    one, broken, base = random(BIG), torch.full((BIG,), torch.nan), random(BIG, seed=1)
+    assert torch.equal(fuse("keep", [broken, one], [0, 2]), one)
+    torch.testing.assert_close(combine([broken, one], [0.0, 1.0], base), one)
+    assert torch.equal(combine([one, one], [0.0, 0.0], base), base)
+    assert not combine([one, one], [0.0, 0.0]).any()
 
 
 # --- mergekit (LGPL, a test extra): the same inputs, where the definitions agree

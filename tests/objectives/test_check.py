@@ -6,9 +6,9 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from emorl.config.experiment import TransformConfig
-from emorl.objectives import REGISTRY
+from emorl.objectives import registered
 from emorl.objectives.catalogue import catalogue
-from emorl.objectives.check import TOGETHER, check_objective
+from emorl.objectives.check import TOGETHER, check_edge_cases
 from emorl.objectives.loading import Objective
 from emorl.objectives.models.classifier import Classifier
 from emorl.objectives.models.likelihood import Likelihood
@@ -21,7 +21,7 @@ COUNTER = itertools.count()
 
 def problems(function, row=TEXT, bounds=None):
     """Case -> problems of the cases that have any."""
-    result = check_objective(Objective("x", function, resolve(None, bounds)), row)
+    result = check_edge_cases(Objective("x", function, resolve(None, bounds)), row)
     found = {case.case: " ".join(case.problems) for case in result.cases if case.problems}
     assert result.passed == (not found)
     return found
@@ -35,7 +35,7 @@ def by_text(score):
 @pytest.mark.parametrize("row", [CHAT, TEXT], ids=["conversation", "text"])
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue() if not entry.needs])
 def test_every_rule_passes_in_both_formats(name, row):
-    result = check_objective(Objective(name, REGISTRY[name](), resolve(None, declared_range(REGISTRY[name]))), row)
+    result = check_edge_cases(Objective(name, registered(name)(), resolve(None, declared_range(registered(name)))), row)
     assert [case for case in result.cases if case.problems] == []
     assert not result.other_format.problems
     assert len(result.cases) >= 17
@@ -53,7 +53,7 @@ def test_models_pass_with_5000_words_in_64_positions(kind, row, make_causal_mode
         BertForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     objective = Classifier(str(tmp_path)) if kind == "classifier" else Likelihood(str(tmp_path), scale="inverse")
-    result = check_objective(Objective(kind, objective, resolve(None, declared_range(objective))), row)
+    result = check_edge_cases(Objective(kind, objective, resolve(None, declared_range(objective))), row)
     assert [case for case in result.cases if case.problems] == []
 
 
@@ -103,14 +103,14 @@ def test_the_format_that_the_base_does_not_use_may_fail():
     def chat_only(prompts, completions, **columns):
         return [float(completion[0]["content"] == "") for completion in completions]
 
-    result = check_objective(Objective("x", chat_only), CHAT)
+    result = check_edge_cases(Objective("x", chat_only), CHAT)
     assert result.passed
     assert "TypeError" in result.other_format.problems[0]
-    assert not check_objective(Objective("x", chat_only), TEXT).passed
+    assert not check_edge_cases(Objective("x", chat_only), TEXT).passed
 
 
 def test_scores_are_on_the_objectives_scale():
     scale = resolve(TransformConfig(range=(0, 2), log=True), None)
-    result = check_objective(Objective("x", by_text(lambda text: 1.0), scale), TEXT)
+    result = check_edge_cases(Objective("x", by_text(lambda text: 1.0), scale), TEXT)
     assert {(case.raw, case.score) for case in result.cases} == {(1.0, 0.5)}
     assert result.scale == str(scale)

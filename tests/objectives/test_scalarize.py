@@ -37,7 +37,7 @@ def test_preferences_become_importance():
 
 @pytest.mark.parametrize(
     ("preferences", "message"),
-    [({"q": 1}, "preferences name q; the objectives are a, b"), ({"a": -1}, "not negative"), ({"a": 0}, "not all 0"),
+    [({"q": 1}, "preferences name q; valid: a, b"), ({"a": -1}, "not negative"), ({"a": 0}, "not all 0"),
      ({"a": float("nan")}, "must be finite")],
 )  # fmt: skip
 def test_impossible_preferences_are_refused(preferences, message):

@@ -6,7 +6,7 @@ import pytest
 
 from emorl.config import UserError
 from emorl.config.experiment import ObjectiveConfig, TransformConfig
-from emorl.objectives import REGISTRY
+from emorl.objectives import REGISTRY, registered
 from emorl.objectives.loading import Objective, check_objectives, load_objective, outside_range
 from emorl.objectives.scale import PAPER_CLIP, Scale, declared_range, resolve
 
@@ -70,7 +70,7 @@ def test_without_a_transform_undeclared_scores_stay_and_declared_ranges_become_0
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_registered_objective_declares_0_to_1_and_so_keeps_its_scores(name):
-    scale = resolve(None, declared_range(REGISTRY[name]))
+    scale = resolve(None, declared_range(registered(name)))
     assert scale.range == (0.0, 1.0)
     assert [scale.score(raw) for raw in (0.0, 0.1, 1 / 3, 1.0)] == [0.0, 0.1, 1 / 3, 1.0]
     assert not scale.log

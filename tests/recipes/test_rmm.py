@@ -5,7 +5,8 @@ import torch
 from torch.func import functional_call
 from transformers import BertConfig, BertForSequenceClassification
 
-from emorl.fusion.merging_map import MergingSpace, assemble
+from emorl.fusion.assembly import assemble
+from emorl.fusion.merging_map import MergingSpace
 from emorl.search.study import Finished
 from recipes.rmm.classifiers import Examples, _shifts, accuracies, vision
 from recipes.rmm.search import HOST, Judge, PlanEvaluator, gain, needed

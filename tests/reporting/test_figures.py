@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from emorl.reporting.figures import front_figure, hypervolume_figure, search_trace, ternary_figure, training_figure
-from emorl.reporting.results import read_results, validations
+from emorl.reporting.results import load_run, validations_table
 
 TRIALS = pd.DataFrame(
     {
@@ -63,7 +63,7 @@ def test_search_trace_never_falls():
 
 
 def test_ternary_map_places_each_policy_at_its_corner_and_rings_the_best(finished_run):
-    trials = read_results(finished_run).trials
+    trials = load_run(finished_run).trials
     figure = ternary_figure(trials, ["reflection", "empathy", "fluency"], "score_empathy", "empathy")
     points, ring = figure.data
     corner = int(np.argmax(points.b))
@@ -79,7 +79,7 @@ def test_ternary_map_refuses_two_policies():
 
 
 def test_training_shows_validations_the_kept_step_and_the_collapse_line(finished_run):
-    table = validations(read_results(finished_run).training["reflection"])
+    table = validations_table(load_run(finished_run).training["reflection"])
     figure = training_figure(table, "reflection", 24, 0.8)
     assert list(_trace(figure, "reward").y) == pytest.approx([0.2, 0.35, 0.5, 0.65])
     assert list(_trace(figure, "distinct share").y) == [1.0, 0.9, 0.5, 0.25]

@@ -9,10 +9,10 @@ import pytest
 
 from emorl.config import UserError
 from emorl.reporting.report import Rival, headline, rivals, write_report
-from emorl.reporting.results import read_results
-from emorl.reporting.tables import comparison_json
+from emorl.reporting.results import load_run
+from emorl.reporting.tables import evaluation_json
 from emorl.runs.run import read_json, write_json
-from tests.reporting.synthetic_run import OBJECTIVES
+from tests.reporting.synthetic_run import OBJECTIVES, OTHERS
 
 
 class _Page(HTMLParser):
@@ -53,6 +53,15 @@ def page(html):
     return _Page(html)
 
 
+@pytest.fixture
+def run_of_all(finished_run, tmp_path):
+    """A run after all stages."""
+    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    for write in OTHERS.values():
+        write(copy)
+    return copy
+
+
 def test_loads_nothing_from_anywhere(page):
     loaders = ("src", "href", "srcset", "data", "action")
     assert [(tag, attrs) for tag, attrs in page.tags if any(name in attrs for name in loaders)] == []
@@ -81,9 +90,9 @@ def test_the_base_as_one_more_policy_has_its_own_weight(finished_run, tmp_path):
     table = pd.read_csv(summary)
     table.assign(weight_base=table["system"].map({"ensemble, best found": 0.125})).to_csv(summary, index=False)
     result = read_json(copy / "search" / "result.json")
-    points = [{**point, "weights": {**point["weights"], "base": 0.0}} for point in result["front"]]
-    write_json(copy / "search" / "result.json", {**result, "front": points})
-    weights = {system["system"]: system["weights"] for system in comparison_json(copy)["systems"]}
+    points = [{**point, "weights": {**point["weights"], "base": 0.0}} for point in [result["best"], *result["front"]]]
+    write_json(copy / "search" / "result.json", {**result, "best": points[0], "front": points[1:]})
+    weights = {system["system"]: system["weights"] for system in evaluation_json(copy)["systems"]}
     assert weights["ensemble, best found"]["base"] == 0.125
     assert weights["ensemble, equal weights"] == pytest.approx(dict.fromkeys(OBJECTIVES, 1 / 3))
     html = write_report(copy).read_text(encoding="utf-8")
@@ -97,8 +106,8 @@ def test_escapes_what_a_model_wrote(html, page):
     assert "<script>alert('completion')</script> [bold]& :smile:" in page.tables["generations"][1][1]
 
 
-def test_comparison_holds_the_numbers_of_the_summary(page, finished_run):
-    rows = page.tables["comparison"][1:]
+def test_the_evaluation_holds_the_numbers_of_the_summary(page, finished_run):
+    rows = page.tables["evaluation"][1:]
     summary = pd.read_csv(finished_run / "evaluate" / "summary.csv").to_dict("records")
     assert len(rows) == len(summary)
     for cells, row in zip(rows, summary, strict=True):
@@ -131,16 +140,12 @@ def test_says_whether_the_rewards_can_be_hacked(html, page):
     assert alike["policy reflection alike"] == ["1.00", "0.17", "“you feel that” 100 %"]
 
 
-def test_a_run_of_before_the_attacks_is_reported_without_them(finished_run, tmp_path):
+def test_a_run_without_attacks_is_reported_without_them(finished_run, tmp_path):
     copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report", "hacking.json"))
-    summary = copy / "evaluate" / "summary.csv"
-    new = ["diversity_2", "edit_rate", "words_deviation", "repeated_trigrams"]
-    pd.read_csv(summary).drop(columns=new).to_csv(summary, index=False)
     html = write_report(copy).read_text(encoding="utf-8")
     assert "be hacked" not in html
-    assert "edit rate" not in html.lower()
-    assert comparison_json(copy)["hacking"] is None
-    assert comparison_json(copy)["systems"][0]["edit_rate"] is None
+    assert evaluation_json(copy)["hacking"] is None
+    assert evaluation_json(copy)["systems"][0]["perplexity"] is None
 
 
 def test_perplexity_is_shown_where_it_was_measured(finished_run, tmp_path):
@@ -148,8 +153,8 @@ def test_perplexity_is_shown_where_it_was_measured(finished_run, tmp_path):
     summary = copy / "evaluate" / "summary.csv"
     pd.read_csv(summary).assign(perplexity=12.5, paper_perplexity=40.25).to_csv(summary, index=False)
     page = _Page(write_report(copy).read_text(encoding="utf-8"))
-    assert page.tables["comparison"][0][-2:] == ["perplexity", "perplexity (paper)"]
-    assert page.tables["comparison"][1][-2:] == ["12.50", "40.25"]
+    assert page.tables["evaluation"][0][-2:] == ["perplexity", "perplexity (paper)"]
+    assert page.tables["evaluation"][1][-2:] == ["12.50", "40.25"]
 
 
 def test_generations_have_a_row_per_prompt_and_a_column_per_system(page):
@@ -176,7 +181,7 @@ def test_reference_point_direction_settings_and_versions_are_stated(html):
 
 
 def test_rivals_compare_by_prompt(finished_run):
-    found = {rival.name: rival for rival in rivals(read_results(finished_run))}
+    found = {rival.name: rival for rival in rivals(load_run(finished_run))}
     assert found["parameter average, equal weights"].verdict == "better"
     assert found["base"].difference > 0.3
     assert list(found)[-1] == "base"
@@ -209,23 +214,55 @@ def test_headline_says_in_words_what_was_found():
     )
 
 
-def test_a_run_without_comparison_is_refused_and_nothing_written(finished_run, tmp_path):
-    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report", "evaluate"))
-    with pytest.raises(UserError, match="run `emorl evaluate"):
+SHOWN = {
+    "train": "<h2>Training</h2>",
+    "search": "<h2>The front, pair by pair</h2>",
+    "evaluate": "best found against",
+    "compare": '<h2 id="methods">',
+    "fuse": "<h2>The policies fused into one</h2>",
+    "dynamic": '<h2 id="dynamic">',
+}
+
+
+@pytest.mark.parametrize("stage", SHOWN)
+def test_each_stage_alone_has_a_report_that_says_how_to_add_the_others(finished_run, tmp_path, stage):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copy(finished_run / "experiment.yaml", copy)
+    with pytest.raises(UserError, match="holds no finished stage yet; run `emorl run"):
         write_report(copy)
     assert not (copy / "report").exists()
+    if stage in OTHERS:
+        OTHERS[stage](copy)
+    else:
+        shutil.copytree(finished_run / stage, copy / stage)
+    html = write_report(copy).read_text(encoding="utf-8")
+    assert [name for name, text in SHOWN.items() if text in html] == [stage]
+    for other in set(SHOWN) - {stage}:
+        assert f"<code>emorl {other} {copy / 'experiment.yaml'}</code>" in html
+    results = load_run(copy)
+    assert results.ran == [stage]
+    assert (results.trials is None, results.summary is None) == (stage != "search", stage != "evaluate")
+    assert ("<h2>Cost</h2>" in html) == (stage != "dynamic")  # no table of one total of nothing
+    assert ("Marked systems" in html, "The search (" in html) == (False, stage == "search")
 
 
-def test_a_fusion_search_in_the_same_output_is_shown(finished_run, tmp_path, page):
+def test_all_stages_are_shown_together(run_of_all):
+    html = write_report(run_of_all).read_text(encoding="utf-8")
+    assert [name for name, text in SHOWN.items() if text in html] == list(SHOWN)
+    assert "Not run here" not in html
+
+
+def test_methods_and_dynamic_ensembles_are_shown(run_of_all):
+    html = write_report(run_of_all).read_text(encoding="utf-8")
+    assert "<td>&lt;b&gt;gdpo</td><td>+0.125 [-0.100, +0.300], 90%</td>" in html
+    assert "<td>RLAE-PPO</td><td>8</td><td>0.500 ± 0.100</td>" in html
+    assert "<td>ensemble</td>" in html
+
+
+def test_a_fusion_search_in_the_same_output_is_shown(run_of_all, page):
     assert "fusion" not in page.tables
-    copy = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
-    scores = dict.fromkeys(OBJECTIVES, 0.5)
-    found = {"layers": {"layers.0": "slerp", "layers.1": "<b>empathy"}, "proposer": "coordinate_descent", "trials": 2}
-    write_json(copy / "fuse" / "result.json", {**found, "scores": scores, "value": 0.5, "test": scores})
-    write_json(copy / "fuse" / "cost.json", {"prompts": 7})
-    candidates = {"trial": [0, 1], "plan": ["2 x slerp", "slerp, empathy"], "step_00": [3, 3], "score_empathy": [0.4, 0.6]}
-    pd.DataFrame({**candidates, "error_empathy": 0.1, "value": [0.4, 0.5]}).to_csv(copy / "fuse" / "trials.csv", index=False)
-    text = write_report(copy).read_text(encoding="utf-8")
+    text = write_report(run_of_all).read_text(encoding="utf-8")
     shown = _Page(text)
     assert shown.tables["fusion"] == [
         ["trial", "plan", "score empathy", "value"],

@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 
 from emorl.config import UserError
-from emorl.reporting.results import cost_table, generations, paired_difference, read_results
-from emorl.reporting.tables import comparison_json, print_comparison, print_front
+from emorl.reporting.results import cost_table, generations, load_run, paired_difference
+from emorl.reporting.tables import evaluation_json, print_evaluation, print_front, print_training
+from emorl.runs.results import SearchResult, read_result
 from emorl.runs.run import read_json, write_json
 from tests.reporting.synthetic_run import HOSTILE, OBJECTIVES
 
 
 @pytest.fixture
 def printed(finished_run, capsys):
-    print_comparison(finished_run)
+    print_evaluation(finished_run)
     return capsys.readouterr().out
 
 
@@ -41,7 +42,7 @@ def test_nothing_is_cut_and_lines_stay_within_120_columns(printed):
 def test_a_narrow_terminal_cuts_no_number(finished_run, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")
-    print_comparison(finished_run)
+    print_evaluation(finished_run)
     printed = capsys.readouterr().out
     summary = pd.read_csv(finished_run / "evaluate" / "summary.csv")
     for name in [*OBJECTIVES, "mean"]:
@@ -94,7 +95,7 @@ def test_text_of_a_model_is_printed_as_it_is(printed):
 
 
 def test_json_holds_the_same_and_no_nan(finished_run):
-    content = json.loads(json.dumps(comparison_json(finished_run), allow_nan=False))
+    content = json.loads(json.dumps(evaluation_json(finished_run), allow_nan=False))
     summary = pd.read_csv(finished_run / "evaluate" / "summary.csv")
     assert [system["system"] for system in content["systems"]] == summary["system"].tolist()
     best = next(system for system in content["systems"] if system["system"] == "ensemble, best found")
@@ -112,7 +113,7 @@ def test_json_holds_the_same_and_no_nan(finished_run):
 
 def test_the_searchs_front_is_sorted_and_its_best_marked(finished_run, capsys):
     result = read_json(finished_run / "search" / "result.json")
-    print_front(result)
+    print_front(read_result(SearchResult, finished_run / "search"))
     lines = capsys.readouterr().out.splitlines()
     rows = [line.replace("*", "").split() for line in lines if line.strip(" *").startswith(("0.", "1."))]
     assert len(rows) == len(result["front"])
@@ -145,7 +146,7 @@ def test_generations_are_the_first_samples_side_by_side():
 
 def test_a_directory_without_a_run_says_so(tmp_path):
     with pytest.raises(UserError, match="is not a run directory"):
-        print_comparison(tmp_path)
+        print_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize(("missing", "command"), [("evaluate", "evaluate"), ("search", "run")])
@@ -153,20 +154,27 @@ def test_a_missing_stage_names_the_command_to_run(finished_run, tmp_path: Path, 
     copy = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(copy / "evaluate")
     shutil.rmtree(copy / missing, ignore_errors=True)
-    with pytest.raises(UserError, match=f"no finished comparison; run `emorl {command} .*experiment.yaml` first"):
-        comparison_json(copy)
+    with pytest.raises(UserError, match=f"no finished evaluation; run `emorl {command} .*experiment.yaml` first"):
+        evaluation_json(copy)
 
 
 def test_an_interrupted_comparison_is_not_shown(finished_run, tmp_path):
     copy = shutil.copytree(finished_run, tmp_path / "run")
     manifest = read_json(copy / "evaluate" / "run.json")
     write_json(copy / "evaluate" / "run.json", {**manifest, "finished": False})
-    with pytest.raises(UserError, match="no finished comparison"):
-        read_results(copy)
+    with pytest.raises(UserError, match="no finished evaluation"):
+        print_evaluation(copy)
 
 
 def test_the_base_share_and_the_collapsed_are_read_from_the_summary(finished_run):
-    results = read_results(finished_run)
+    results = load_run(finished_run).evaluated
     assert results.collapsed == ["policy reflection"]
     assert results.base_distinct_share == 1.0
     assert not math.isnan(results.summary.set_index("system").loc["policy empathy", "weight_empathy"])
+
+
+def test_training_says_why_it_stopped_and_what_was_kept(finished_run, capsys):
+    print_training(load_run(finished_run).training)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["empathy", "24", "24", "0.200", "0.650", "0.100", "1.00", "0.95", "max_steps", "reached"] in lines
+    assert ["reflection", "collapsed", "24", "24", "0.200", "0.650", "0.100", "1.00", "0.25", "max_steps", "reached"] in lines

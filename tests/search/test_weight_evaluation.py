@@ -18,7 +18,6 @@ from emorl.evaluation.scoring import evaluate
 from emorl.objectives.loading import Objective
 from emorl.objectives.scalarize import scalarize
 from emorl.policies.adapters import read_adapter
-from emorl.policies.base import Base
 from emorl.search.spaces.weight_space import WeightSpace
 from emorl.search.study import Finished
 from emorl.search.weight_evaluation import WeightEvaluator
@@ -43,7 +42,7 @@ def share_of(characters):
 def parts(make_causal_model, write_adapter, tokenizer, tmp_path_factory):
     base, directory = make_causal_model("llama"), tmp_path_factory.mktemp("policies")
     adapters = {name: read_adapter(write_adapter(base, directory / name, seed=seed)) for seed, name in enumerate("abc")}
-    return HiddenStateEnsemble(base, adapters), Base(base, tokenizer)
+    return HiddenStateEnsemble(base, adapters), tokenizer
 
 
 def mean(scores):
@@ -56,11 +55,11 @@ def chebyshev(scores):
 
 
 def make(parts, generation=GREEDY, memo=None, objectives=None, value=mean, **search):
-    ensemble, base = parts
+    ensemble, tokenizer = parts
     objectives = objectives or [Objective("low", share_of("abcdefgh")), Objective("high", share_of("\\]^_`{|}~"))]
     return WeightEvaluator(
         ensemble,
-        base,
+        tokenizer,
         DATA,
         objectives,
         SPACE,
@@ -182,7 +181,7 @@ def test_only_plain_greedy_decoding_goes_through_the_trie(parts, generation, gre
 def test_parameter_averages_are_decoded_together_as_each_alone(make_causal_model, write_adapter, tokenizer, tmp_path):
     base = make_causal_model("llama")
     adapters = {name: read_adapter(write_adapter(base, tmp_path / name, seed=seed)) for seed, name in enumerate("abc")}
-    parts = ParameterAverage(base, adapters), Base(base, tokenizer)
+    parts = ParameterAverage(base, adapters), tokenizer
     some = candidates(5)
     together = without_time(make(parts)(some))
     alone = without_time([scored for one in some for scored in make(parts)([one])])
@@ -203,7 +202,7 @@ def test_a_bart_is_searched_through_generate(write_adapter, tokenizer, tmp_path)
     adapters = {name: read_adapter(write_adapter(base, tmp_path / name, seed=seed, **lora)) for seed, name in enumerate("abc")}
     ensemble = HiddenStateEnsemble(base, adapters)
     assert plain_greedy(ensemble, GREEDY) is None
-    scored = make((ensemble, Base(base, tokenizer)))(SPACE.corners())
+    scored = make((ensemble, tokenizer))(SPACE.corners())
     alone = PeftModel.from_pretrained(base, str(tmp_path / "b")).eval()
     table = evaluate(alone, tokenizer, DATA, [Objective("low", share_of("abcdefgh"))], GREEDY).table
     assert scored[1].scores[0] == pytest.approx(table["low"].mean())

@@ -18,7 +18,7 @@ from emorl.config.experiment import (
 )
 from emorl.runs.progress import Silent
 from emorl.training.anchor import kl_to_base
-from emorl.training.policy import train
+from tests.training.trained import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed

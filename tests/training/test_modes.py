@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,8 @@ from emorl.config.experiment import BaseConfig, CollapseConfig, DataConfig, Expe
 from emorl.evaluation.scoring import generate
 from emorl.policies.adapters import read_adapter
 from emorl.policies.base import load_base
-from emorl.runs.layout import policy_directories
-from emorl.training.modes import plan_of
-from emorl.training.policy import train
 from emorl.training.trainers import prompts_per_step, trainer_config
+from tests.training.trained import plan, policy_folders, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL and PEFT use names that transformers 5.23 has renamed
@@ -67,22 +66,29 @@ def make(tmp_path, tiny_base_dir, tiny_seq2seq_dir):
 
 def test_plans_of_all_modes(make):
     assert make().policy_names == ["e", "a"]
-    alone = plan_of(make(), "a")
+    alone = plan(make(), "a")
     assert (list(alone.objectives), alone.reward_weights) == (["a"], (1.0,))
-    uniform = plan_of(make("uniform"), "uniform")
+    uniform = plan(make("uniform"), "uniform")
     assert (list(uniform.objectives), uniform.reward_weights, uniform.adaptive) == (["e", "a"], (0.5, 0.5), False)
-    weighted = plan_of(make("weighted", preferences={"a": 3, "e": 1}), "weighted")
+    weighted = plan(make("weighted", preferences={"a": 3, "e": 1}), "weighted")
     assert weighted.reward_weights == (0.25, 0.75)
-    assert plan_of(make("gdpo"), "gdpo").aggregation == "normalize_then_sum"
-    assert plan_of(make("dynaopt"), "dynaopt").adaptive
+    assert plan(make("gdpo"), "gdpo").aggregation == "normalize_then_sum"
+    assert plan(make("dynaopt"), "dynaopt").adaptive
     with pytest.raises(UserError, match="no policy 'e' in this experiment"):
-        plan_of(make("uniform"), "e")
+        train(make("uniform"), "e")
 
 
 def test_settings_reach_trl_and_scst_alike(make):
     for seq2seq in (False, True):
         experiment = make("gdpo", seq2seq)
-        config = trainer_config(experiment, plan_of(experiment, "gdpo"))
+        config = trainer_config(
+            plan(experiment, "gdpo"),
+            experiment.train,
+            experiment.base,
+            experiment.generation,
+            seed=0,
+            output=Path("checkpoints"),
+        )
         assert config.multi_objective_aggregation == "normalize_then_sum"
         assert config.reward_weights == [0.5, 0.5]
         assert prompts_per_step(config) == 2
@@ -100,7 +106,7 @@ def test_one_policy_learns_both_objectives_and_leaves_an_ordinary_adapter(make, 
     assert cost["completions"] == 24 * 16 + 4 * 4
     assert cost["prompts"] == 24 * 2 + 4 * 4
     assert cost["reward_calls"] == 2 * 24 * 16 + 4 * 4
-    assert list(policy_directories(experiment)) == ["uniform"]
+    assert list(policy_folders(experiment)) == ["uniform"]
     assert read_adapter(path / "policy").base_fingerprint
     assert train(experiment, "uniform") == path
 
@@ -109,7 +115,7 @@ def test_policies_of_an_encoder_decoder_make_an_ensemble(make):
     experiment = make(seq2seq=True, steps=12)
     for name in experiment.policy_names:
         train(experiment, name)
-    base, directories = load_base(experiment.base), policy_directories(experiment)
+    base, directories = load_base(experiment.base), policy_folders(experiment)
     ensemble = HiddenStateEnsemble(base.model, {name: read_adapter(path) for name, path in directories.items()})
     alone = PeftModel.from_pretrained(load_base(experiment.base).model, str(directories["a"])).eval()
     prompts = ["say yes", "say something longer"]
@@ -123,7 +129,7 @@ def test_an_encoder_decoders_training_resumes_from_its_last_checkpoint(make):
     whole, parts = make("dynaopt", True, "whole", 6), make("dynaopt", True, "parts", 6)
     expected = train(whole, "dynaopt")
     train(make("dynaopt", True, "parts", 4), "dynaopt")
-    path = parts.training_of("dynaopt")
+    path = parts.output / "train" / "dynaopt"
     manifest = json.loads((path / "run.json").read_text())
     manifest["finished"] = False
     manifest["config"]["train"]["scst"]["max_steps"] = 6

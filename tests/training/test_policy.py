@@ -28,9 +28,8 @@ from emorl.config.experiment import (
 )
 from emorl.config.yaml import to_yaml
 from emorl.policies.adapters import read_adapter
-from emorl.runs.layout import policy_directories
 from emorl.runs.progress import Silent
-from emorl.training.policy import train
+from tests.training.trained import policy_folders, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed
@@ -135,7 +134,7 @@ def test_training_maximises_the_log_while_validation_and_result_report_the_score
 
 def test_another_transform_is_another_run(experiment):
     train(experiment(steps=2), "letters")
-    with pytest.raises(UserError, match=r"holds a run with other settings \(objective.letters.transform: None -> "):
+    with pytest.raises(UserError, match=r"holds a run with other settings \(objectives.letters.transform: None -> "):
         train(with_transform(experiment(steps=2), range=(0, 0.5)), "letters")
 
 
@@ -152,10 +151,10 @@ def test_an_objective_added_later_trains_alone(experiment):
     first = train(experiment(steps=2), "short")
     written = (first / "run.json").stat().st_mtime_ns
     with pytest.raises(UserError, match="no trained policy for letters"):
-        policy_directories(experiment(steps=2))
+        policy_folders(experiment(steps=2))
     train(experiment(steps=2), "letters")
     assert (first / "run.json").stat().st_mtime_ns == written
-    assert list(policy_directories(experiment(steps=2))) == ["letters", "short"]
+    assert list(policy_folders(experiment(steps=2))) == ["letters", "short"]
 
 
 def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experiment, tmp_path):
@@ -166,10 +165,10 @@ def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experime
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         from pathlib import Path
-        from emorl.config.experiment import load_run
-        from emorl.training.policy import train
+        from emorl.config.experiment import load_kept_experiment
+        from tests.training.trained import train
         import torch; torch.set_num_threads(1)
-        train(load_run(Path({str(tmp_path / "killed")!r})), "letters")
+        train(load_kept_experiment(Path({str(tmp_path / "killed")!r})), "letters")
         """
     )
     (tmp_path / "killed").mkdir()

@@ -1,4 +1,4 @@
-"""The controller of RLAE (arXiv 2506.00439): a logistic-normal policy over ensemble weights.
+"""The agent of RLAE (arXiv 2506.00439): a logistic-normal policy over ensemble weights.
 
 An action is z ~ N(mu(s), sigma^2) in R^K, the weights are softmax(z / temperature), and evaluation takes z = mu(s). Its density
 is taken on z, so no Jacobian is needed. `ppo` has one actor for all weights; `mappo` has one for each model, which sees its
@@ -10,27 +10,24 @@ states, which have read all of it, are seen by default, so that small ensembles 
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from emorl.config.dynamic import AgentConfig
-from emorl.data import prompt_text
+from emorl.config.dynamic import AgentConfig, AgentKind
 from emorl.dynamic.agents.observation import MODEL_FEATURES, SHARED_FEATURES, Situation
 from emorl.dynamic.agents.text_encoder import TextEncoder
+from emorl.policies.conversation import prompt_text
 
-Kind = Literal["ppo", "mappo"]
 
-
-class Agent(nn.Module):
-    """Actor, critic and, where it has one, encoder; a `Controller` that chooses the mean action.
+class SpanAgent(nn.Module):
+    """Actor, critic and, where it has one, encoder; a `WeightChooser` that chooses the mean action.
 
     Same seed, same parameters. `sample` is for training.
     """
 
     def __init__(
-        self, kind: Kind, models: int, states: int, config: AgentConfig, first_deviation: float = 1.0, seed: int = 0
+        self, kind: AgentKind, models: int, states: int, config: AgentConfig, first_deviation: float = 1.0, seed: int = 0
     ) -> None:
         """`states` is H of the engine's hidden states, used if `config.states`."""
         super().__init__()
@@ -93,7 +90,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def __call__(self, situation: Situation) -> Tensor:  # type: ignore[override]
-        """As `Controller.__call__`: the weights of the mean action."""
+        """As `WeightChooser.__call__`: the weights of the mean action."""
         mean, _ = self.policy(*self._values(self.observe(situation)))
         return self.weights(mean.cpu())
 

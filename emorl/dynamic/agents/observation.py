@@ -1,4 +1,4 @@
-"""What a controller sees before each span, and what it may answer."""
+"""What is seen before each span, and what may be answered: the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Situation:
         return shared, models
 
 
-class Controller(Protocol):
+class WeightChooser(Protocol):
     """What chooses weights. Called once before each span of a batch."""
 
     def __call__(self, situation: Situation) -> Tensor:
@@ -62,7 +62,7 @@ class FixedWeights:
     weights: Tensor
 
     def __call__(self, situation: Situation) -> Tensor:
-        """As `Controller.__call__`."""
+        """As `WeightChooser.__call__`."""
         if self.weights.ndim == 1:
             return self.weights.expand(len(situation.open_), -1)
         return self.weights[situation.rows[situation.open_]]

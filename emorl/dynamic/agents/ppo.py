@@ -20,7 +20,7 @@ from torchrl.objectives.value import GAE, MultiAgentGAE
 
 from emorl.config import UserError
 from emorl.config.dynamic import PPOConfig
-from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.rollout import Decisions
 
 _LEAST_ROWS = 64  # decisions that the critic values at once, where minibatches are smaller
@@ -29,7 +29,7 @@ _LEAST_ROWS = 64  # decisions that the critic values at once, where minibatches 
 class Learner:
     """Improves an agent from batches of decisions and rewards; `state` and `load_state` continue it exactly."""
 
-    def __init__(self, agent: Agent, config: PPOConfig, seed: int = 0) -> None:
+    def __init__(self, agent: SpanAgent, config: PPOConfig, seed: int = 0) -> None:
         self._agent, self._config = agent, config
         self._generator = torch.Generator().manual_seed(seed)
         shared = {
@@ -86,7 +86,7 @@ class Learner:
                 losses = self._loss(data[part].to(self._agent.device))
                 kl = float(losses["kl_approx"])
                 if not math.isfinite(kl):
-                    raise UserError("the controller's loss is no number; lower dynamic.ppo.learning_rate")
+                    raise UserError("the agent's loss is no number; lower dynamic.ppo.learning_rate")
                 if kl > self._config.target_kl:
                     return _means(sums, steps)
                 self._optimizer.zero_grad()
@@ -148,7 +148,7 @@ class Learner:
 class _Policy(nn.Module):
     """The agent's policy as the loss calls it; with an axis of single actions where every model has an agent of its own."""
 
-    def __init__(self, agent: Agent, by_model: bool) -> None:
+    def __init__(self, agent: SpanAgent, by_model: bool) -> None:
         super().__init__()
         self.agent, self._by_model = agent, by_model
 
@@ -160,7 +160,7 @@ class _Policy(nn.Module):
 class _Critic(nn.Module):
     """The central critic; where every model has an agent, all of them have its value, (N, K, 1)."""
 
-    def __init__(self, agent: Agent, by_model: bool) -> None:
+    def __init__(self, agent: SpanAgent, by_model: bool) -> None:
         super().__init__()
         self.agent, self._by_model = agent, by_model
 

@@ -4,13 +4,17 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from emorl.config import UserError, nearest
+
+_DECODING_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p")
 
 SIGNALS = ("entropy", "top_probability", "disagreement", "stale")
 """What is known of each model where a text ends, all in [0, 1]:
@@ -34,6 +38,32 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"Got {self}; expected max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1.")
+
+
+def decoding_of(generation: Mapping[str, Any], seed: int) -> Decoding:
+    """A `Decoding` from transformers' generation settings.
+
+    Raises:
+        UserError: a setting that a dynamic ensemble does not know, such as beams.
+    """
+    for name in generation:
+        if name not in _DECODING_KEYS:
+            raise UserError(
+                f"generation.{name}: a dynamic ensemble decodes greedily or samples; {nearest(name, _DECODING_KEYS)}"
+            )
+    samples = bool(generation.get("do_sample", False))
+    empty = [name for name in ("max_new_tokens", "temperature", "top_p") if name in generation and generation[name] is None]
+    if empty:
+        raise UserError(f"generation.{empty[0]}: expected a number, got nothing")
+    try:
+        return Decoding(
+            int(generation.get("max_new_tokens", 64)),
+            float(generation.get("temperature", 1.0)) if samples else 0.0,
+            float(generation.get("top_p", 1.0)) if samples else 1.0,
+            seed,
+        )
+    except ValueError as error:
+        raise UserError(f"generation: {error}") from None
 
 
 class Writing(Protocol):

@@ -77,7 +77,7 @@ def run(source: str, suite: Suite, limits: Limits, partial: bool = True) -> Verd
         raise RuntimeError(f"the sandbox for unit tests did not start: {error.strip().splitlines()[-1:] or 'no message'}")
     replies = [reply[1 + NONCE * place :][:NONCE] for place in range(len(nonces))]
     missing = tuple(name for bit, name in enumerate(PROTECTIONS) if reply[0] >> bit & 1)
-    return Verdict(tuple(one == other for one, other in zip(replies, nonces, strict=True)), missing)
+    return Verdict(tuple(reply == nonce for reply, nonce in zip(replies, nonces, strict=True)), missing)
 
 
 def _exchange(content: bytes, timeout: float) -> tuple[bytes, str]:

@@ -181,17 +181,17 @@ def _children() -> list[int]:
 def _run(source: str, tests: int, reply: int, partial: bool) -> None:
     """Runs the code, then reads the tests, runs one after the other, and after each one that passed answers with its nonce,
     which was in the pipe until then."""
-    pristine, own = dict(vars(builtins)), _getpid()
+    pristine, own_pid = dict(vars(builtins)), _getpid()
     solution = types.ModuleType("solution")
     sys.modules["solution"] = sys.modules["__main__"] = solution
-    if not _passes(source, vars(solution)) or _getpid() != own:  # a copy that the code forked
+    if not _passes(source, vars(solution)) or _getpid() != own_pid:  # a copy that the code forked
         return
     builtins.__dict__.update(pristine)
     suite, used = marshal.loads(read_frame(tests))
     names = {**_visible(vars(solution), used), "__builtins__": pristine, "__plain__": plain}
     for test in suite:
         passed = _passes(test, names)
-        if _getpid() != own:
+        if _getpid() != own_pid:
             return
         nonce = read_frame(tests)
         _write(reply, nonce if passed else bytes(NONCE))

@@ -19,9 +19,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
-from emorl.data import completion_text
 from emorl.objectives.code.sandbox import Limits, Suite, run
 from emorl.objectives.rules.columns import column, texts
+from emorl.policies.conversation import completion_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def suite_of(texts: tuple[str, ...]) -> Suite:
         for place, statement in enumerate(statements, start=1):
             names |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
             group.append(statement)
-            if _holds(statement, ast.Assert) or (place == len(statements) and any(_holds(one, ast.Call) for one in group)):
+            if _holds(statement, ast.Assert) or (place == len(statements) and any(_holds(node, ast.Call) for node in group)):
                 module = _PlainOperands().visit(ast.Module(group, type_ignores=[]))
                 tests.append(compile(ast.fix_missing_locations(module), "tests.py", "exec"))
                 group = []

@@ -16,13 +16,13 @@ def read_completion(completion: dict[str, Any], question: Question, minimum_shar
         UnansweredError: it holds no valid answer.
     """
     choice = completion["choices"][0]
-    said, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
-    if not isinstance(said, str) or not said.strip():
+    content, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
+    if not isinstance(content, str) or not content.strip():
         raise UnansweredError("the judge said nothing" + (" but thoughts; raise max_answer_tokens" if cut else ""))
-    answer = _without_thoughts(said).strip()
+    answer = _without_thoughts(content).strip()
     match = question.find(answer)
     probabilities = _answer_token(choice, answer, match.start("label") if match else 0)
-    thought = answer != said.strip()
+    thought = answer != content.strip()
     if cut and (thought or probabilities is None):
         raise UnansweredError(f"the judge's answer {answer!r:.60} was cut off; raise max_answer_tokens")
     if probabilities is not None and (match is None or probabilities[0] == match["label"]):

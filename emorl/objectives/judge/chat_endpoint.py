@@ -195,10 +195,10 @@ class ChatEndpoint:
         return Spend(1, content + _TURN_TOKENS * len(body["messages"]), output)
 
     def _check_status(self, response: httpx2.Response, key: str) -> None:
-        status, said = response.status_code, _line(response.text, key)
+        status, words = response.status_code, _line(response.text, key)
         if status == 200:
             return
-        reason = f"the server answered {status} ({said})"
+        reason = f"the server answered {status} ({words})"
         exhausted = status == 429 and "insufficient_quota" in response.text
         if (status in _TRY_AGAIN or status >= 500) and not exhausted:
             raise _TransientError(reason, _retry_after(response))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emorl.data import completion_text
+from emorl.policies.conversation import completion_text
 
 _LETTERS = string.ascii_uppercase
 _DATA_ONLY = (
@@ -64,14 +64,14 @@ class Question:
         Raises:
             UnansweredError: they have less.
         """
-        found = dict.fromkeys(self.labels, 0.0)
+        of_labels = dict.fromkeys(self.labels, 0.0)
         for token, probability in probabilities.items():
-            if token.strip() in found:
-                found[token.strip()] += probability
-        share = sum(found.values())
+            if token.strip() in of_labels:
+                of_labels[token.strip()] += probability
+        share = sum(of_labels.values())
         if not minimum_share <= share <= 1.001:  # also not a number
             raise UnansweredError(f"only {share:.1%} of the probability is on valid answers, less than {minimum_share:.0%}")
-        return sum(self.value(label) * probability for label, probability in found.items()) / share
+        return sum(self.value(label) * probability for label, probability in of_labels.items()) / share
 
     def find(self, answer: str) -> re.Match[str] | None:
         """The match whose group `label` is the answer, or None where the text is anything but one label."""

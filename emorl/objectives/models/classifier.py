@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from emorl.config import nearest
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.models.batching import score_in_batches
 from emorl.objectives.models.frozen_model import Dtype, batch_tolerance, load_frozen, longest_input
 from emorl.objectives.models.joint_encoding import encode_jointly
+from emorl.policies.conversation import completion_text, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Classifier:
         self._tokenizer.model_max_length = self._longest
         self._has_cut = False
         labels = [label] if label is None or isinstance(label, str) else label
-        self._columns = [_label_index(model, config.id2label, one) for one in labels]
+        self._columns = [_label_index(model, config.id2label, wanted) for wanted in labels]
         self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         calibration = getattr(config, "calibration", [[1.0, 0.0]] * config.num_labels)
         self._slopes, self._offsets = torch.tensor(calibration, device=self._model.device).T  # (labels,) each

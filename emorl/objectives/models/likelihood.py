@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.models.batching import score_in_batches
 from emorl.objectives.models.frozen_model import batch_tolerance, load_frozen, longest_input
 from emorl.objectives.rules.text import quoted_share, repeated_share
+from emorl.policies.conversation import completion_text, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +95,12 @@ class Likelihood:
     def _score(self, nll: float, prompt: str, completion: str) -> float:
         if self._scale == "paper":
             return self._scaled(nll)
-        said, asked = _words(completion), _words(prompt)
-        distinct = len(set(said.split()))
+        words, asked = _words(completion), _words(prompt)
+        distinct = len(set(words.split()))
         if distinct == 0:
             return 0.0
-        repeated = _over(repeated_share(said, PHRASE), FREE_REPEATED)
-        quoted = _over(quoted_share(said, asked, PHRASE), FREE_QUOTED)
+        repeated = _over(repeated_share(words, PHRASE), FREE_REPEATED)
+        quoted = _over(quoted_share(words, asked, PHRASE), FREE_QUOTED)
         nll += (repeated + quoted) * math.log(self._model.config.get_text_config().vocab_size)
         if self._floor is not None:
             fluent = math.log(self._floor)

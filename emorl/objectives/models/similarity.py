@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from emorl.data import completion_text, prompt_text
 from emorl.objectives.models.frozen_model import load_frozen
+from emorl.policies.conversation import completion_text, prompt_text
 
 _REMEMBERED = 50_000
 
@@ -55,11 +55,12 @@ def shared_encoder(model: str) -> SentenceEncoder:
 
 
 class Specificity:
-    """Scores in [0, 1]: sigmoid(slope * (evidence - offset)), where evidence (in nats) is
+    """Scores in [0, 1]: sigmoid(slope * (evidence - offset)), the evidence that a completion answers its own prompt rather
+    than those of a bank, in nats, by a sentence encoder.
 
-        similarity(own prompt) / temperature - log mean over the bank of exp(similarity(bank prompt) / temperature),
+        evidence = similarity(own prompt) / temperature - log mean over the bank of exp(similarity(bank prompt) / temperature)
 
-    cosine similarities of a sentence encoder: the pointwise mutual information of prompt and completion under a softmax
+    Of cosine similarities this is the pointwise mutual information of prompt and completion under a softmax
     over prompts (InfoNCE, van den Oord et al. 2018). One sentence for every prompt cannot score well on average: over
     prompts drawn as the bank was, the mean of exp(evidence) is 1, whatever the sentence. Nothing in it asks for good
     text: a copy of the prompt scores 1; combine it with what refuses that.
@@ -106,10 +107,10 @@ class Specificity:
         if len(completions) == 0:
             return torch.zeros(0)
         temperature = temperature or self._temperature
-        said, asked = self._encode(completions), self._encode(prompts)  # (N, H)
-        own = (said * asked).sum(1) / temperature  # (N,)
-        others = torch.logsumexp(said @ self._bank.T / temperature, dim=1)  # (N,)
-        return own - others + math.log(len(self._bank))
+        states, prompt_states = self._encode(completions), self._encode(prompts)  # (N, H)
+        own_prompt = (states * prompt_states).sum(1) / temperature  # (N,)
+        others = torch.logsumexp(states @ self._bank.T / temperature, dim=1)  # (N,)
+        return own_prompt - others + math.log(len(self._bank))
 
 
 def _read_bank(bank: str) -> list[str]:

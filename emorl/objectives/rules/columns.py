@@ -26,7 +26,7 @@ def texts(value: Any, objective: str, name: str, row: int) -> list[str]:
         UserError: anything else; an empty reference or test would pay silence.
     """
     held = list(value) if isinstance(value, list | tuple) else [value]
-    if not held or not all(isinstance(one, str) and one.strip() for one in held):
+    if not held or not all(isinstance(text, str) and text.strip() for text in held):
         raise UserError(
             f"{objective}: completion {row} has {value!r:.60} in column {name!r}; expected a text, or a list of texts, "
             "none of them empty"

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from emorl.data import completion_text
 from emorl.objectives.rules.columns import column, texts
+from emorl.policies.conversation import completion_text
 
 _IN_NUMBER = re.compile(r"(?<=\d)[.:/](?=\d)|(?<!\w)-(?=[$€£]?\.?\d)|(?<![\w.])\.(?=\d)")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
@@ -90,11 +90,11 @@ class ExactMatch:
 
     def _score(self, text: str, reference: str) -> float:
         if self.separator is None:
-            found, wanted = self._normalised(text), self._normalised(reference)
-            return float(f" {wanted} " in f" {found} " if self.match == "contains" else found == wanted)
+            answer, wanted = self._normalised(text), self._normalised(reference)
+            return float(f" {wanted} " in f" {answer} " if self.match == "contains" else answer == wanted)
         parts, wanted_parts = (
-            [self._normalised(part) for part in one.strip().removesuffix(self.separator).split(self.separator)]
-            for one in (text, reference)
+            [self._normalised(part) for part in side.strip().removesuffix(self.separator).split(self.separator)]
+            for side in (text, reference)
         )
         right = sum(part == wanted != "" for part, wanted in zip(parts, wanted_parts, strict=False))
         return right / len(wanted_parts)

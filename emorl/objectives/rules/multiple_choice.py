@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from emorl.config import UserError
-from emorl.data import completion_text
 from emorl.objectives.rules.columns import column
+from emorl.policies.conversation import completion_text
 
 _LETTERS = "ABCDEFGHIJ"
 
@@ -52,7 +52,7 @@ def chosen_letter(text: str, choices: int) -> str | None:
     ('B', None)
     """
     plain = unicodedata.normalize("NFKC", text.rpartition("</think>")[2])
-    plain = _LIST.sub(lambda found: ",".join(dict.fromkeys(_letters(found.group()))), _DECORATION.sub("", plain))
+    plain = _LIST.sub(lambda match: ",".join(dict.fromkeys(_letters(match.group()))), _DECORATION.sub("", plain))
     plain = _REJECTED.sub(" ", plain)
     parts = [match.group(match.lastgroup or 0) for match in _DECLARED.finditer(plain)] or _NAMED.findall(plain)
     named = {letter.upper() for part in parts for letter in _letters(part)} & set(_LETTERS[:choices])
@@ -88,7 +88,7 @@ class MultipleChoice:
         answers = column(columns, self.answer_column, "multiple_choice", "answer_column")
         right = [self._right_letter(answer, row) for row, answer in enumerate(answers)]
         chosen = [chosen_letter(completion_text(completion), self.choices) for completion in completions]
-        return [float(one == other) for one, other in zip(chosen, right, strict=True)]
+        return [float(letter == answer) for letter, answer in zip(chosen, right, strict=True)]
 
     def _right_letter(self, answer: Any, row: int) -> str:
         valid = _LETTERS[: self.choices]

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
-from emorl.data import completion_text
 from emorl.objectives.rules.columns import column
+from emorl.policies.conversation import completion_text
 
 MARKERS = ("####", "answer is", "answer:", "\\boxed")
 
@@ -46,10 +46,10 @@ def last_number(text: str, markers: Sequence[str] = MARKERS) -> Fraction | None:
     for place in sorted(places, reverse=True):
         rest = plain[place:].lstrip(" \t\r\n:={$")
         clause = _CLAUSE_END.split(rest, maxsplit=1)[0]
-        if found := _numbers(clause.rpartition("=")[2]) or _numbers(clause) or _numbers(rest):
-            return found[0]
-    found = _numbers(plain)
-    return found[-1] if found else None
+        if marked := _numbers(clause.rpartition("=")[2]) or _numbers(clause) or _numbers(rest):
+            return marked[0]
+    values = _numbers(plain)
+    return values[-1] if values else None
 
 
 def _numbers(text: str) -> list[Fraction]:
@@ -94,9 +94,10 @@ class NumericAnswer:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         values = column(columns, self.answer_column, "numeric_answer", "answer_column")
         right = [self._right_number(value, row) for row, value in enumerate(values)]
-        found = [last_number(completion_text(completion), self.markers) for completion in completions]
+        answers = [last_number(completion_text(completion), self.markers) for completion in completions]
         tolerance = Fraction(str(self.tolerance))
-        return [float(one is not None and abs(one - other) <= tolerance) for one, other in zip(found, right, strict=True)]
+        pairs = zip(answers, right, strict=True)
+        return [float(answer is not None and abs(answer - wanted) <= tolerance) for answer, wanted in pairs]
 
     def _right_number(self, value: Any, row: int) -> Fraction:
         number = None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from emorl.data import completion_text
+from emorl.policies.conversation import completion_text
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -15,9 +15,9 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 def repeated_share(text: str, n: int) -> float:
     """Share of the words that lie in an n-gram which occurred before in the same text."""
-    found = ngrams(text, n)
-    first = {gram: place for place, gram in reversed(list(enumerate(found)))}
-    return _covered_share([first[gram] < place for place, gram in enumerate(found)], n)
+    grams = ngrams(text, n)
+    first = {gram: place for place, gram in reversed(list(enumerate(grams)))}
+    return _covered_share([first[gram] < place for place, gram in enumerate(grams)], n)
 
 
 def quoted_share(text: str, source: str, n: int) -> float:
@@ -76,5 +76,5 @@ class Distinct2:
 
 
 def _distinct_share(text: str, n: int, empty: float) -> float:
-    found = ngrams(text, n)
-    return len(set(found)) / len(found) if found else empty
+    grams = ngrams(text, n)
+    return len(set(grams)) / len(grams) if grams else empty

@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from emorl.config import UserError, nearest
 from emorl.config.reward import RewardExperiment
-from emorl.data import completion_text, prompt_text, read_table
+from emorl.data import read_table
+from emorl.policies.conversation import completion_text, prompt_text
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reward-model stage: any transformers encoder or decoder learns to score responses (`emorl train-reward reward.yaml`).
+"""Reward-model stage: any transformers encoder or decoder learns to score responses (`emorl train-reward`).
 
 Prompt and response are encoded jointly. Losses: binary cross-entropy on graded labels, cross-entropy on classes, or the
 pairwise margin of PAIR (Min et al., EMNLP 2022), to which binary cross-entropy is added by default, because a margin inside
@@ -11,7 +11,6 @@ rows, so that the registered objective `classifier` gives scores in [0, 1] that 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,43 +35,24 @@ from trl import RewardConfig, RewardTrainer
 
 from emorl.config import UserError, check_keys
 from emorl.config.reward import RewardExperiment
-from emorl.config.yaml import as_mapping
 from emorl.objectives.models.joint_encoding import encode_jointly
-from emorl.runs.progress import Bar, Progress, Silent
-from emorl.runs.run import Run, only_process, open_run, read_json, write_json
+from emorl.runs.layout import CHECKPOINTS, MODEL
+from emorl.runs.progress import Bar, Progress
+from emorl.runs.results import RewardResult
+from emorl.runs.run import Run, read_json
 from emorl.training.callbacks import CostCallback
 from emorl.training.checkpoints import last_complete_checkpoint
 from emorl.training.reward.calibration import calibrate, calibrated, calibrated_loss
 from emorl.training.reward.card import measure, save_model
-from emorl.training.reward.data import Graded, GradedData, compared, load_graded
+from emorl.training.reward.data import Graded, GradedData, compared
 
-MODEL_DIRECTORY = "model"
-CHECKPOINTS = "checkpoints"
 _SET_BY_EMORL = ("output_dir", "seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 
 
-def train_reward(experiment: RewardExperiment, progress: Progress | None = None) -> Path:
-    """Trains, calibrates and measures one reward model; returns its run directory, with the model and its card in `model/`.
-
-    Skips a finished run and continues an interrupted one from its last complete checkpoint.
-
-    Raises:
-        UserError: wrong data or settings, no such model, or a run directory that holds another run.
-    """
-    progress = progress or Silent()
-    arguments = _arguments(experiment, _is_pairwise(experiment))
-    data = load_graded(experiment)
-    with only_process(experiment.output):
-        identity = {key: value for key, value in as_mapping(experiment).items() if key not in ("output", "description")}
-        identity["rows"] = data.fingerprint()
-        run = open_run(experiment.output, "train-reward", identity)
-        if run.finished:
-            progress.say(f"reward model: trained before, in {run.path}")
-            return run.path
-        return _train(experiment, data, arguments, run, progress)
-
-
-def _train(experiment: RewardExperiment, data: GradedData, arguments: TrainingArguments, run: Run, progress: Progress) -> Path:
+def train_model(
+    experiment: RewardExperiment, data: GradedData, arguments: TrainingArguments, run: Run, progress: Progress
+) -> RewardResult:
+    """Trains from the last complete checkpoint to the end, calibrates, measures, writes model and card to `model/`."""
     spent = _SecondsCallback(run)
     progress.say(
         f"reward model: {len(data.training)} rows to train on, {len(data.validation)} to validate, of {experiment.model}"
@@ -95,20 +75,14 @@ def _train(experiment: RewardExperiment, data: GradedData, arguments: TrainingAr
     figures = measure(experiment, data, calibrated(logits, model.config.calibration, experiment.loss))
     spent.flush()
     seconds = read_json(run.cost_path)["seconds"]
-    save_model(model, tokenizer, run.path / MODEL_DIRECTORY, experiment, data, figures, seconds)
-    write_json(run.path / "result.json", {"figures": figures, "log": trainer.state.log_history})
-    run.finish()
-    progress.say(f"reward model: {run.path / MODEL_DIRECTORY}, {seconds:.0f} s")
-    return run.path
+    save_model(model, tokenizer, run.path / MODEL, experiment, data, figures, seconds)
+    progress.say(f"reward model: {run.path / MODEL}, {seconds:.0f} s")
+    return RewardResult(figures, trainer.state.log_history)
 
 
-def read_figures(output: Path) -> dict[str, float]:
-    """What a finished run measured on its validation rows."""
-    return read_json(output / "result.json")["figures"]
-
-
-def _arguments(experiment: RewardExperiment, pairwise: bool) -> TrainingArguments:
+def training_arguments(experiment: RewardExperiment) -> TrainingArguments:
     """The `training:` block as TrainingArguments (RewardConfig for trl), with our defaults for what it leaves out."""
+    pairwise = _is_pairwise(experiment)
     kind = RewardConfig if pairwise else TrainingArguments
     for key in _SET_BY_EMORL:
         if key in experiment.training:

@@ -9,7 +9,7 @@ import torch
 
 from emorl.config import UserError
 from emorl.config.dynamic import AgentConfig, PPOConfig
-from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import FixedWeights, Situation
 from emorl.dynamic.agents.text_encoder import TextEncoder
 from emorl.dynamic.engines.engine import Decoding
@@ -49,7 +49,7 @@ def test_an_encoder_reads_what_stands_in_its_context(encoder: str) -> None:
 
 
 def test_the_encoders_features_tell_prompts_and_texts_apart(encoder: str) -> None:
-    agent = Agent("ppo", 3, 2, AgentConfig(encoder=encoder, context=16))
+    agent = SpanAgent("ppo", 3, 2, AgentConfig(encoder=encoder, context=16))
     seen = agent.observe(situation(["0", "1", "0"]))
     assert seen["text"].shape == (3, 2 * agent.encoder.width)  # type: ignore[union-attr]
     assert torch.equal(seen["text"][0], seen["text"][2])
@@ -63,7 +63,7 @@ def test_the_encoders_features_tell_prompts_and_texts_apart(encoder: str) -> Non
 @pytest.mark.parametrize("kind", ["ppo", "mappo"])
 def test_an_encoders_adapter_learns_and_is_saved_while_the_encoder_stays(kind: Any, encoder: str) -> None:
     ppo = pytest.importorskip("emorl.dynamic.agents.ppo", reason="needs the extra rl")
-    agent = Agent(kind, 3, 2, AgentConfig(encoder=encoder, context=16, lora=LORA, hidden=8))
+    agent = SpanAgent(kind, 3, 2, AgentConfig(encoder=encoder, context=16, lora=LORA, hidden=8))
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     learner = ppo.Learner(agent, PPOConfig(encoder_learning_rate=0.01, target_kl=10))
     found = write(ENGINE, ["0", "1", "2", "0"], Sampler(agent, range(4)), Decoding(2), span=1)
@@ -71,13 +71,13 @@ def test_an_encoders_adapter_learns_and_is_saved_while_the_encoder_stays(kind: A
     moved = {name for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
     assert any("lora_B" in name for name in moved)
     assert moved <= set(agent.trained_state())
-    fresh = Agent(kind, 3, 2, AgentConfig(encoder=encoder, context=16, lora=LORA, hidden=8), seed=7)
+    fresh = SpanAgent(kind, 3, 2, AgentConfig(encoder=encoder, context=16, lora=LORA, hidden=8), seed=7)
     fresh.load_state_dict(agent.trained_state(), strict=False)
     torch.testing.assert_close(fresh(situation(["0", "2"])), agent(situation(["0", "2"])))
 
 
 def test_a_mappo_actor_sees_its_own_models_state_alone() -> None:
-    agent = Agent("mappo", 3, 4, AgentConfig(hidden=8))
+    agent = SpanAgent("mappo", 3, 4, AgentConfig(hidden=8))
     shared, models = torch.randn(1, 18), torch.randn(1, 3, 5)
     states = torch.randn(1, 3, 4)
     other = states.clone()
@@ -96,7 +96,7 @@ def test_a_missing_encoder_is_one_line() -> None:
 
 def test_a_router_gives_each_prompt_its_model_for_the_whole_text() -> None:
     """The right model of the first span stays right with a router, and it is known from the signals."""
-    agent = Agent("ppo", 3, 2, AgentConfig(states=False))
+    agent = SpanAgent("ppo", 3, 2, AgentConfig(states=False))
     prompts = [str(digit % 3) for digit in range(12)]
     features = features_of(agent, ENGINE, prompts, Decoding(2), "last", batch=5)
     values = np.eye(3)[[int(prompt) for prompt in prompts]]

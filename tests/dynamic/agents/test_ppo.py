@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emorl.config.dynamic import AgentConfig, PPOConfig
-from emorl.dynamic.agents.agent import Agent
+from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import FixedWeights
 from emorl.dynamic.engines.engine import Decoding
 from emorl.dynamic.rollout import Sampler, write
@@ -19,14 +19,14 @@ PROMPTS = [str(digit % 3) for digit in range(48)]
 CONFIG = PPOConfig(learning_rate=1e-3, entropy=0.01, target_kl=0.1)
 
 
-def success(controller: Any) -> float:
+def success(chooser: Any) -> float:
     """Share of prompts with the right model in every span."""
-    found = write(ENGINE, ["0", "1", "2"], controller, Decoding(SPANS), span=1)
+    found = write(ENGINE, ["0", "1", "2"], chooser, Decoding(SPANS), span=1)
     return sum(one.text == ENGINE.right(str(one.row), SPANS) for one in found.answers) / 3
 
 
-def trained(kind: Any, seed: int, updates: int, learner: Any = None, first: int = 0) -> tuple[Agent, Any]:
-    agent = Agent(kind, 3, 2, AgentConfig(hidden=32), first_deviation=2.0, seed=seed) if learner is None else learner._agent
+def trained(kind: Any, seed: int, updates: int, learner: Any = None, first: int = 0) -> tuple[SpanAgent, Any]:
+    agent = SpanAgent(kind, 3, 2, AgentConfig(hidden=32), first_deviation=2.0, seed=seed) if learner is None else learner._agent
     learner = learner or ppo.Learner(agent, CONFIG, seed)
     for update in range(first, first + updates):
         sampler = Sampler(agent, [10_000 * seed + 100 * update + row for row in range(len(PROMPTS))])
@@ -46,7 +46,7 @@ def test_agents_learn_weights_that_depend_on_prompt_and_span(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ppo", "mappo"])
 def test_the_gradient_moves_weight_to_the_model_that_earns_the_reward(kind: Any) -> None:
-    agent = Agent(kind, 3, 2, AgentConfig(hidden=32))
+    agent = SpanAgent(kind, 3, 2, AgentConfig(hidden=32))
     before = write(ENGINE, PROMPTS[:3], agent, Decoding(SPANS), span=1)
     learner = ppo.Learner(agent, dataclasses.replace(CONFIG, target_kl=10.0, epochs=8))
     sampler = Sampler(agent, range(48))
@@ -61,7 +61,7 @@ def test_the_gradient_moves_weight_to_the_model_that_earns_the_reward(kind: Any)
 
 @pytest.mark.parametrize("kind", ["ppo", "mappo"])
 def test_a_reward_reaches_the_decisions_of_its_own_text_alone(kind: Any) -> None:
-    agent = Agent(kind, 3, 2, AgentConfig(hidden=32))
+    agent = SpanAgent(kind, 3, 2, AgentConfig(hidden=32))
     for parameter in agent.critic.parameters():
         torch.nn.init.zeros_(parameter)
     learner = ppo.Learner(agent, dataclasses.replace(CONFIG, gae_lambda=1.0))
@@ -74,7 +74,7 @@ def test_a_reward_reaches_the_decisions_of_its_own_text_alone(kind: Any) -> None
 
 
 def test_each_answer_of_a_dialogue_is_rewarded_and_earlier_decisions_see_later_rewards() -> None:
-    agent = Agent("ppo", 3, 2, AgentConfig(hidden=32))
+    agent = SpanAgent("ppo", 3, 2, AgentConfig(hidden=32))
     for parameter in agent.critic.parameters():
         torch.nn.init.zeros_(parameter)
     learner = ppo.Learner(agent, dataclasses.replace(CONFIG, gae_lambda=1.0))
@@ -91,7 +91,7 @@ def test_each_answer_of_a_dialogue_is_rewarded_and_earlier_decisions_see_later_r
 def test_the_same_seed_gives_the_same_run_and_a_saved_one_continues_exactly(kind: Any) -> None:
     whole, _ = trained(kind, seed=1, updates=4)
     _, half = trained(kind, seed=1, updates=2)
-    resumed = ppo.Learner(Agent(kind, 3, 2, AgentConfig(hidden=32), first_deviation=2.0, seed=9), CONFIG, seed=9)
+    resumed = ppo.Learner(SpanAgent(kind, 3, 2, AgentConfig(hidden=32), first_deviation=2.0, seed=9), CONFIG, seed=9)
     resumed.load_state(half.state())
     again, _ = trained(kind, seed=1, updates=2, learner=resumed, first=2)
     for first, second in zip(whole.parameters(), again.parameters(), strict=True):
@@ -99,14 +99,14 @@ def test_the_same_seed_gives_the_same_run_and_a_saved_one_continues_exactly(kind
 
 
 def test_noise_belongs_to_a_text_whatever_its_batch() -> None:
-    agent = Agent("ppo", 3, 2, AgentConfig(hidden=32))
+    agent = SpanAgent("ppo", 3, 2, AgentConfig(hidden=32))
     together = write(ENGINE, ["0", "1", "2"], Sampler(agent, [5, 6, 7]), Decoding(SPANS), span=1)
     alone = write(ENGINE, ["2"], Sampler(agent, [7]), Decoding(SPANS), span=1)
     torch.testing.assert_close(torch.tensor(alone.answers[0].weights), torch.tensor(together.answers[2].weights))
 
 
 def test_small_weights_become_zero() -> None:
-    agent = Agent("ppo", 3, 2, AgentConfig(least_weight=0.1))
+    agent = SpanAgent("ppo", 3, 2, AgentConfig(least_weight=0.1))
     weights = agent.weights(torch.tensor([[3.0, 2.5, -4.0], [0.0, 0.0, 0.0]]))
     assert weights[0, 2] == 0
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
@@ -114,13 +114,13 @@ def test_small_weights_become_zero() -> None:
 
 
 def test_the_largest_weight_is_never_cut() -> None:
-    agent = Agent("ppo", 3, 2, AgentConfig(least_weight=0.4))
+    agent = SpanAgent("ppo", 3, 2, AgentConfig(least_weight=0.4))
     torch.testing.assert_close(agent.weights(torch.zeros(1, 3)), torch.full((1, 3), 1 / 3))
 
 
 @pytest.mark.parametrize("minibatch", [2, 3, 9])
 def test_no_minibatch_is_too_small_to_be_normalised(minibatch: int) -> None:
-    agent = Agent("mappo", 3, 2, AgentConfig(hidden=8))
+    agent = SpanAgent("mappo", 3, 2, AgentConfig(hidden=8))
     learner = ppo.Learner(agent, dataclasses.replace(CONFIG, minibatch=minibatch, target_kl=100.0))
     found = write(ENGINE, PROMPTS[:5], Sampler(agent, range(5)), Decoding(2), span=1)
     learner.learn(found.decisions, {(row, 0): float(row) for row in range(5)})

@@ -6,7 +6,7 @@ import pytest
 
 from emorl.config import UserError
 from emorl.config.experiment import ObjectiveConfig
-from emorl.objectives.check import check_objective
+from emorl.objectives.check import check_edge_cases
 from emorl.objectives.code.sandbox import Limits, run
 from emorl.objectives.code.unit_tests import UnitTests, code_of, suite_of
 from emorl.objectives.loading import check_objectives, load_objective
@@ -167,7 +167,7 @@ def test_it_passes_the_checks_of_edge_cases(prompt):
     objective = load_objective(
         "right", ObjectiveConfig(function="unit_tests", options={"tests_column": "tests", "timeout": 30})
     )
-    result = check_objective(objective, {"prompt": prompt, "tests": TESTS})
+    result = check_edge_cases(objective, {"prompt": prompt, "tests": TESTS})
     assert result.passed
     assert not result.other_format.problems
 

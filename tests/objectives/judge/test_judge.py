@@ -605,7 +605,7 @@ def test_as_an_objective_it_runs_with_and_without_a_running_event_loop(server, m
     assert objective([], []) == []
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's own, as in tests/training/test_grpo.py
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's own, as in tests/training/test_policy.py
 def test_grpo_trains_with_the_judge(server, make_judge, tmp_path, tiny_base_dir, tokenizer):
     server.answer = lambda number, body: said(str(1 + number % 5))
     rewards = _grpo_step(make_judge(), tmp_path, tiny_base_dir, tokenizer)

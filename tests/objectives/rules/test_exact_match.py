@@ -4,7 +4,7 @@ import pytest
 
 from emorl.config import UserError
 from emorl.config.experiment import ObjectiveConfig
-from emorl.objectives.check import check_objective
+from emorl.objectives.check import check_edge_cases
 from emorl.objectives.loading import check_objectives, load_objective
 from emorl.objectives.rules.exact_match import ExactMatch
 
@@ -93,7 +93,7 @@ def test_the_best_of_several_references_counts_for_parts():
 @pytest.mark.parametrize("options", [{}, {"match": "contains"}, {"match": "last_line"}, {"separator": ";"}])
 def test_it_passes_the_checks_of_edge_cases(prompt, options):
     config = ObjectiveConfig(function="exact_match", options={"answer_column": "answer", **options})
-    result = check_objective(load_objective("right", config), {"prompt": prompt, "answer": "Paris"})
+    result = check_edge_cases(load_objective("right", config), {"prompt": prompt, "answer": "Paris"})
     assert result.passed
     assert not result.other_format.problems
 

@@ -4,7 +4,7 @@ import pytest
 
 from emorl.config import UserError
 from emorl.config.experiment import ObjectiveConfig
-from emorl.objectives.check import check_objective
+from emorl.objectives.check import check_edge_cases
 from emorl.objectives.loading import load_objective
 from emorl.objectives.rules.multiple_choice import MultipleChoice, chosen_letter
 
@@ -80,7 +80,7 @@ def test_one_text_for_every_question_earns_at_most_chance(text):
 @pytest.mark.parametrize("prompt", ["Which?", [{"role": "user", "content": "Which?"}]])
 def test_it_passes_the_checks_of_edge_cases(prompt):
     objective = load_objective("right", ObjectiveConfig(function="multiple_choice", options={"choices": 4}))
-    result = check_objective(objective, {"prompt": prompt, "answer": "B"})
+    result = check_edge_cases(objective, {"prompt": prompt, "answer": "B"})
     assert result.passed
     assert not result.other_format.problems
 

@@ -6,7 +6,7 @@ import pytest
 
 from emorl.config import UserError
 from emorl.config.experiment import ObjectiveConfig
-from emorl.objectives.check import check_objective
+from emorl.objectives.check import check_edge_cases
 from emorl.objectives.loading import check_objectives, load_objective
 from emorl.objectives.rules.numeric_answer import NumericAnswer, last_number
 
@@ -94,7 +94,7 @@ def test_a_reference_is_read_as_a_completion_is():
 @pytest.mark.parametrize("prompt", ["How many?", [{"role": "user", "content": "How many?"}]])
 def test_it_passes_the_checks_of_edge_cases(prompt):
     config = ObjectiveConfig(function="numeric_answer", options={"answer_column": "answer"})
-    result = check_objective(load_objective("right", config), {"prompt": prompt, "answer": "#### 1"})
+    result = check_edge_cases(load_objective("right", config), {"prompt": prompt, "answer": "#### 1"})
     assert result.passed
     assert not result.other_format.problems
 

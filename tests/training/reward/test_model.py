@@ -16,10 +16,12 @@ from emorl.config import UserError
 from emorl.config.reward import RewardDataConfig, RewardExperiment, load_reward_experiment
 from emorl.config.yaml import to_yaml
 from emorl.evaluation.agreement import auc, calibration_error, ordered_share, rank_correlation
-from emorl.objectives import Classifier
+from emorl.objectives.models.classifier import Classifier
+from emorl.runs.results import RewardResult, read_result
+from emorl.stages.train_reward import train_reward
 from emorl.training.reward.calibration import calibrate, calibrated_loss
 from emorl.training.reward.data import compared, load_graded
-from emorl.training.reward.model import margin_loss, read_figures, train_reward
+from emorl.training.reward.model import margin_loss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed
@@ -65,6 +67,12 @@ def make(tmp_path, encoder):
     return experiment
 
 
+def trained(experiment):
+    """The run directory of a trained reward model."""
+    train_reward(experiment)
+    return experiment.output
+
+
 def graded_scores(folder, label=None):
     scorer = Classifier(str(folder), label=label)
     return scorer(["ask about thing3"] * 3, [f"you are {word}" for word in GRADES])
@@ -72,10 +80,10 @@ def graded_scores(folder, label=None):
 
 @pytest.mark.parametrize("loss", ["ranking", "regression"])
 def test_it_learns_the_order_and_the_level_of_grades(make, loss):
-    run = train_reward(make(loss, "grade"))
+    run = trained(make(loss, "grade"))
     great, fair, poor = graded_scores(run / "model")
     assert 1 >= great > 0.8 > fair > 0.2 > poor >= 0
-    figures = read_figures(run)
+    figures = read_result(RewardResult, run).figures
     assert figures["AUC above the lowest label"] == 1.0
     assert figures["calibration error"] < 0.1
     card = (run / "model" / "README.md").read_text()
@@ -86,50 +94,50 @@ def test_it_learns_the_order_and_the_level_of_grades(make, loss):
 
 
 def test_a_classifier_of_named_classes_of_different_size(make):
-    run = train_reward(make("classification", "kind"))
-    assert read_figures(run)["accuracy"] == 1.0
+    run = trained(make("classification", "kind"))
+    assert read_result(RewardResult, run).figures["accuracy"] == 1.0
     great = graded_scores(run / "model", "good")
     assert great[0] > 0.8 > 0.2 > max(great[1:])
     assert graded_scores(run / "model", "good")[1] + graded_scores(run / "model", "bad")[1] == pytest.approx(1.0)
 
 
 def test_several_labels_are_several_scores_of_one_model(make):
-    run = train_reward(make("regression", ["grade", "other"]))
+    run = trained(make("regression", ["grade", "other"]))
     assert graded_scores(run / "model", "grade")[0] > 0.8 > 0.2 > graded_scores(run / "model", "other")[0]
-    assert read_figures(run)["other: AUC above the lowest label"] == 1.0
+    assert read_result(RewardResult, run).figures["other: AUC above the lowest label"] == 1.0
 
 
 def test_a_decoder_learns_a_margin_alone_by_trls_trainer(make, tiny_base_dir):
     experiment = make("ranking", "grade", model=str(tiny_base_dir), pointwise=0.0, max_tokens=96)
-    run = train_reward(experiment)
+    run = trained(experiment)
     great, _, poor = graded_scores(run / "model")
     assert great > poor
-    assert read_figures(run)["pairs in order, same group"] > 0.9
+    assert read_result(RewardResult, run).figures["pairs in order, same group"] > 0.9
 
 
 def test_a_decoder_learns_by_regression_too(make, tiny_base_dir):
-    run = train_reward(make("regression", "grade", model=str(tiny_base_dir), max_tokens=96))
+    run = trained(make("regression", "grade", model=str(tiny_base_dir), max_tokens=96))
     assert graded_scores(run / "model")[0] > graded_scores(run / "model")[2]
 
 
 def test_a_finished_run_is_skipped_and_an_interrupted_one_goes_on(make):
     experiment = make("regression", "grade", training={**TRAINING, "num_train_epochs": 3})
-    run = train_reward(experiment)
+    run = trained(experiment)
     first, written = graded_scores(run / "model"), (run / "run.json").stat().st_mtime_ns
-    assert train_reward(experiment) == run
+    assert trained(experiment) == run
     assert (run / "run.json").stat().st_mtime_ns == written
     manifest = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**manifest, "finished": False}))  # killed before its last line
-    train_reward(experiment)
+    trained(experiment)
     assert graded_scores(run / "model") == pytest.approx(first, abs=1e-6)
     with pytest.raises(UserError, match="holds a run with other settings"):
-        train_reward(make("regression", "grade"))
+        trained(make("regression", "grade"))
 
 
 @pytest.mark.parametrize(("loss", "label"), [("regression", "grade"), ("classification", "kind")])
 def test_the_kept_checkpoint_has_the_lowest_loss_after_calibration(make, loss, label):
     training = {**TRAINING, "num_train_epochs": 3, "learning_rate": 0.05, "save_total_limit": None}
-    run = train_reward(make(loss, label, training=training))
+    run = trained(make(loss, label, training=training))
     losses = [entry["eval_calibrated_loss"] for entry in json.loads((run / "result.json").read_text())["log"]
               if "eval_calibrated_loss" in entry]  # fmt: skip
     assert len(losses) == 3
@@ -142,10 +150,10 @@ def test_the_kept_checkpoint_has_the_lowest_loss_after_calibration(make, loss, l
 
 def test_other_rows_are_another_run(make):
     experiment = make("regression", "grade")
-    train_reward(experiment)
+    trained(experiment)
     Path(experiment.data.path).write_text("".join(json.dumps({**row, "grade": 1 - row["grade"]}) + "\n" for row in rows()))
     with pytest.raises(UserError, match=r"holds a run with other settings \(rows"):
-        train_reward(experiment)
+        trained(experiment)
 
 
 def test_the_time_before_a_kill_stays_counted(make, monkeypatch):
@@ -153,10 +161,10 @@ def test_the_time_before_a_kill_stays_counted(make, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("emorl.training.reward.model.calibrate", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train_reward(experiment)
+            trained(experiment)
     before = json.loads((experiment.output / "cost.json").read_text())["seconds"]
     assert before > 0
-    assert json.loads((train_reward(experiment) / "cost.json").read_text())["seconds"] > before
+    assert json.loads((trained(experiment) / "cost.json").read_text())["seconds"] > before
 
 
 def _interrupt(*arguments, **options):
@@ -164,17 +172,17 @@ def _interrupt(*arguments, **options):
 
 
 def test_same_seed_same_model(make, tmp_path):
-    folders = [train_reward(make("ranking", "grade", output=tmp_path / name)) / "model" for name in ("one", "two")]
+    folders = [trained(make("ranking", "grade", output=tmp_path / name)) / "model" for name in ("one", "two")]
     assert graded_scores(folders[0]) == graded_scores(folders[1])
 
 
 def test_frozen_layers_stay_as_they_were(make, encoder):
-    run = train_reward(make("regression", "grade", frozen_layers=1, training={**TRAINING, "num_train_epochs": 1}))
+    run = trained(make("regression", "grade", frozen_layers=1, training={**TRAINING, "num_train_epochs": 1}))
     before = BertModel.from_pretrained(encoder).encoder.layer[0].state_dict()
     after = BertModel.from_pretrained(run / "model").encoder.layer[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(UserError, match="frozen_layers is 3, but the model has 1 layers"):
-        train_reward(make("regression", "grade", frozen_layers=3, output=run.parent / "other"))
+        trained(make("regression", "grade", frozen_layers=3, output=run.parent / "other"))
 
 
 def test_the_margin_loss_is_zero_where_every_pair_is_far_enough_apart():

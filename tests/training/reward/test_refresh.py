@@ -10,8 +10,10 @@ from emorl.config.experiment import BaseConfig, DataConfig, Experiment, Objectiv
 from emorl.config.reward import RefreshExperiment, RewardDataConfig, RewardExperiment
 from emorl.config.yaml import to_yaml
 from emorl.reporting.reward_tables import refresh_table
+from emorl.runs.results import RefreshResult, read_result
+from emorl.stages.refresh_reward import refresh
 from emorl.training.reward.data import load_graded
-from emorl.training.reward.refresh import MISMATCHED, REPEATED, negatives, read_rounds, refresh
+from emorl.training.reward.refresh import MISMATCHED, REPEATED, negatives
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL 1.16 uses names that transformers 5.23 has renamed
@@ -64,10 +66,11 @@ def test_two_rounds_through_the_command_line(experiment, tmp_path, capsys):
     (tmp_path / "refresh.yaml").write_text(to_yaml(experiment))
     assert main(["refresh-reward", str(tmp_path / "refresh.yaml")]) == 0
     assert "| 2 | validation: AUC above the lowest label |" in capsys.readouterr().out
-    rounds = read_rounds(tmp_path / "refresh")
+    rounds = json.loads((tmp_path / "refresh" / "result.json").read_text())["rounds"]
     assert len(rounds) == 2
+    result = read_result(RefreshResult, tmp_path / "refresh")
     [(kind, score)] = list(rounds[0]["held_out_before"].items())[:1]
-    assert f"{kind} outputs to validation prompts | {score:.3f} |" in refresh_table(rounds)
+    assert f"{kind} outputs to validation prompts | {score:.3f} |" in refresh_table(result.rounds)
     assert rounds[0]["validation_after"] == rounds[1]["validation_before"]
     assert rounds[0]["added_before"].keys() == rounds[0]["added_after"].keys() == rounds[0]["added"].keys()
     assert rounds[0]["held_out_before"].keys() == rounds[0]["held_out_after"].keys() == rounds[0]["held_out"].keys()

@@ -1,0 +1,151 @@
+"""What stages work on: prompts, objectives, base, policies and their mixture, each loaded once, when first asked for.
+
+Everything is loaded from what the experiment names, a path or an object. Imports stand inside functions here, so that a stage
+asks for a file's prompts without waiting for a model's library.
+"""
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from emorl.config import UserError
+from emorl.config.experiment import Experiment
+from emorl.config.objects import callable_name
+from emorl.config.yaml import as_mapping
+from emorl.runs.layout import Layout
+
+if TYPE_CHECKING:
+    from emorl.aggregation.ensemble import AdapterMixture
+    from emorl.data import Splits
+    from emorl.objectives.loading import Objective
+    from emorl.policies.adapters import Adapter
+    from emorl.policies.base import Base
+
+Loaded = TypeVar("Loaded")
+
+_PROCESS = uuid.uuid4().hex[:8]
+_UNNAMED = "unnamed function"
+
+
+class Materials:
+    """Of one experiment; those of another one in the same command share what both name alike."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.layout = Layout(experiment.output, experiment.policies)
+        self._loaded: dict[str, Any] = {}
+
+    def of(self, experiment: Experiment) -> "Materials":
+        """The materials of another experiment, which share what is loaded."""
+        other = Materials(experiment)
+        other._loaded = self._loaded
+        return other
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether prompts of the base are conversations."""
+        from emorl.policies.base import load_tokenizer
+        from emorl.policies.prompts import is_chat
+
+        config = self.experiment.base
+        return self._once("template", config, lambda: is_chat(load_tokenizer(config)))
+
+    @property
+    def splits(self) -> "Splits":
+        """Training, validation and test prompts."""
+        return self.splits_as(self.is_conversational)
+
+    def splits_as(self, conversational: bool) -> "Splits":
+        """The prompts as conversations, or as they are."""
+        from emorl.data import load_prompts
+
+        config, seed = self.experiment.data, self.experiment.seed
+        drawn = replace(config, seed=seed if config.seed is None else config.seed)
+        settings = [as_mapping(drawn, _in_memory), conversational]
+        return self._once("prompts", settings, lambda: load_prompts(config, seed, conversational))
+
+    @property
+    def objectives(self) -> "list[Objective]":
+        """All of them, counting what they score from now on."""
+        return [self.objective(name) for name in self.experiment.objectives]
+
+    def objective(self, name: str) -> "Objective":
+        """One of them, counting what it scores from now on."""
+        from emorl.objectives.loading import load_objective
+
+        config = self.experiment.objectives[name]
+        return self._once(f"objective {name}", config, lambda: load_objective(name, config)).counted_anew()
+
+    @property
+    def base(self) -> "Base":
+        """The model that policies share, as it is; what changes it takes `own_base()`."""
+        from emorl.policies.base import load_base
+
+        return self._once("base", self.experiment.base, lambda: load_base(self.experiment.base))
+
+    def own_base(self) -> "Base":
+        """The base loaded anew, for a stage that changes it."""
+        from emorl.policies.base import load_base
+
+        return load_base(self.experiment.base, is_changed=True)
+
+    @property
+    def policies(self) -> "dict[str, Adapter]":
+        """The trained policies' adapters by name, times `ensemble.adapter_scale`.
+
+        Raises:
+            UserError: one is not trained yet, or does not fit the base.
+        """
+        from emorl.policies.base import read_policies
+
+        folders, scale = self.layout.trained(self.experiment.policy_names), self.experiment.ensemble.adapter_scale
+        settings = [{name: str(folder) for name, folder in folders.items()}, scale]
+        return self._once("policies", settings, lambda: read_policies(folders, self.base, scale))
+
+    def mixture(self, aggregate: str | None = None) -> "AdapterMixture":
+        """The policies combined as `ensemble` says, or by another way of `aggregate`."""
+        from emorl.aggregation.ensemble import MIXTURES
+
+        config = self.experiment.ensemble
+        try:
+            return MIXTURES[aggregate or config.aggregate](self.base.model, self.policies, include_base=config.include_base)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def not_resumed(self) -> list[str]:
+        """One line for each objective that no other process can recognise, and so no interrupted run continue."""
+        functions = {name: config.function for name, config in self.experiment.objectives.items()}
+        return [
+            f"objective {name!r} is a function without a name of its own: these runs are not resumed by another process"
+            for name, function in functions.items()
+            if not isinstance(function, str) and identity_of(function).startswith(_UNNAMED)
+        ]
+
+    def _once(self, what: str, settings: Any, load: Callable[[], Loaded]) -> Loaded:
+        """What was loaded for these settings before; else it is loaded now."""
+        plain = settings if isinstance(settings, list) else as_mapping(settings, _in_memory)
+        key = json.dumps([what, plain])
+        if key not in self._loaded:
+            self._loaded[key] = load()
+        return self._loaded[key]
+
+
+def _in_memory(value: Any) -> str:
+    return f"object {id(value)}"
+
+
+def identity_of(value: Any) -> str:
+    """What stands for an object of the caller's in a run's settings: a data set's fingerprint, a function's `module:name`, a
+    model's fingerprint. A function without a name of its own is known in this process only."""
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from emorl.policies.adapters import base_fingerprint
+
+    if isinstance(value, Dataset):
+        return f"data set {value._fingerprint}"
+    if isinstance(value, PreTrainedModel):
+        return f"model {base_fingerprint(value)}"
+    return callable_name(value) or f"{_UNNAMED} {id(value)} of process {_PROCESS}"
