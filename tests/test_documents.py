@@ -6,6 +6,7 @@ import re
 import subprocess
 import tokenize
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -34,6 +35,7 @@ def test_the_readme_stops_early():
     assert len(text.splitlines()) <= 120
     assert len(text.split()) <= 800
     assert "docs/front.svg" in text
+    assert ElementTree.parse(ROOT / "docs" / "front.svg").getroot().tag.endswith("svg")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
