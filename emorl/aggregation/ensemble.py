@@ -31,9 +31,10 @@ from emorl.aggregation.policy_encoder import PolicyEncoder, batch_of
 from emorl.aggregation.row_cache import RowCache, has_only_full_attention
 from emorl.aggregation.saved import (
     Front,
+    chosen_weights,
     load_base_of,
-    preferred_weights,
     read_saved_adapters,
+    read_saved_tokenizer,
     read_settings,
     reference_to,
     save,
@@ -75,6 +76,8 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _lora_layer: type[nn.Module]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """what was saved beside it; None where nothing was"""
 
     def __init__(
         self,
@@ -245,7 +248,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             if unknown:
                 raise UserError(f"weights name {unknown[0]!r}, which is no policy; {nearest(unknown[0], self.policy_names)}")
             return [float(weights.get(name, 0.0)) for name in self.policy_names]
-        if not isinstance(weights, Tensor) and len(weights) and isinstance(weights[0], Mapping):
+        if isinstance(weights, Sequence) and any(isinstance(row, Mapping) for row in weights):
             return [self.in_order(row) for row in weights]
         return weights
 
@@ -279,7 +282,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         front: Front | None = None,
     ) -> None:
         """Writes a folder that can be copied alone: the adapters, how they are combined, which base they belong to, and a
-        tokenizer and a search's front where they are given. The base stays where it is."""
+        tokenizer (its own by default) and a search's front where there are any. The base stays where it is."""
         folder = Path(save_directory).resolve()
         settings = {
             "combination": type(self).__name__,
@@ -290,7 +293,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             "weights": list(self.weights),
             "include_base": self.include_base,
         }
-        save(folder, settings, self.adapter_paths, tokenizer, front)
+        save(folder, settings, self.adapter_paths, self.tokenizer if tokenizer is None else tokenizer, front)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -313,15 +316,15 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             base_options: go to the base's own `from_pretrained` (device_map, …).
 
         Raises:
-            UserError: no such ensemble, or a base that has gone or changed.
+            UserError: no such ensemble, a base that has gone or changed, or a preference without a front.
         """
         folder = Path(directory).resolve()
         settings = read_settings(folder, cls.__name__)
-        if prefer is not None:
-            weights = preferred_weights(folder, prefer)
+        weights = chosen_weights(folder, settings["weights"], prefer, weights)
         base_model = load_base_of(folder, settings, base, base_options)
-        adapters = read_saved_adapters(folder, settings["adapter_scales"])
-        return cls(base_model, adapters, settings["weights"] if weights is None else weights, settings["include_base"])
+        mixture = cls(base_model, read_saved_adapters(folder, settings["adapter_scales"]), weights, settings["include_base"])
+        mixture.tokenizer = read_saved_tokenizer(folder)
+        return mixture
 
 
 class HiddenStateEnsemble(AdapterMixture):

@@ -1,10 +1,10 @@
 """A mixture of policies in a folder that can be copied alone: adapters, tokenizer and front lie in it, the base is named.
 
 `ensemble.json` says how the policies are combined and which base they belong to: by hub id, by its folder (relative to this one
-and absolute), and by its fingerprint; one that was made in memory by the fingerprint alone.
+and absolute), and by its fingerprint; one that was made in memory by the fingerprint alone. It is not called `config.json`, so
+that `AutoTokenizer.from_pretrained` takes the folder as that of a tokenizer.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from emorl.config import UserError
 from emorl.objectives.preference import choose
@@ -25,26 +33,34 @@ Front = Sequence[Mapping[str, Any]]
 
 
 def reference_to(place: str, folder: Path) -> dict[str, str] | None:
-    """How a folder's file refers to a model: a folder by both paths, a hub id by itself; None for one made in memory."""
-    if not place:
-        return None
+    """How a folder's file refers to a model: a folder by both paths, a hub id by itself; None for what is neither, such as a
+    model made in memory."""
     path = Path(place).resolve()
-    return {"relative": os.path.relpath(path, folder), "absolute": str(path)} if path.is_dir() else {"hub": place}
+    if place and path.is_dir():
+        return {"relative": os.path.relpath(path, folder), "absolute": str(path)}
+    try:
+        validate_repo_id(place)
+    except HFValidationError:
+        return None
+    return {"hub": place}
 
 
-def located(reference: Mapping[str, str], folder: Path, what: str) -> str:
-    """Where a model is that `reference_to` referred to.
+def located(reference: Mapping[str, str] | None, folder: Path, what: str, remedy: str = "save the ensemble anew") -> str:
+    """Where a model is that `reference_to` referred to: its relative path counts first, then the absolute one.
 
     Raises:
-        UserError: it has gone.
+        UserError: it has gone, or was made in memory.
     """
+    if reference is None:
+        raise UserError(f"{folder} belongs to a {what} without a folder or hub id, as if made in memory; {remedy}")
     if "hub" in reference:
         return reference["hub"]
-    places = [(folder / reference["relative"]).resolve(), Path(reference["absolute"])]
+    places = dict.fromkeys([(folder / reference["relative"]).resolve(), Path(reference["absolute"])])
     for place in places:
         if place.is_dir():
             return str(place)
-    raise UserError(f"{folder} refers to the {what} in {places[0]}, which has gone; put it back, or give it when you load")
+    where = " or ".join(map(str, places))
+    raise UserError(f"{folder} refers to the {what} in {where}, which has gone; put it back, or {remedy}")
 
 
 def save(
@@ -54,16 +70,21 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     front: Front | None,
 ) -> None:
-    """Writes a mixture, whole or not at all; one that was saved there before is replaced.
+    """Writes a mixture, whole or not at all, also under `kill -9`; one that was saved there before is replaced.
 
     Args:
         settings: for `ensemble.json`.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or an adapter has no files.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ENSEMBLE_CARD).is_file():
         raise ValueError(f"{folder} holds other files; give a folder of its own to the ensemble.")
+    for name, adapter in adapters.items():
+        if not ((adapter / ADAPTER).is_file() and (adapter / WEIGHTS).is_file()):
+            raise UserError(f"no adapter of policy {name!r} lies in {adapter}; write it there, as concatenate_adapters() does")
+    former = folder.with_name(f".{folder.name}.former")  # a large folder takes time to remove; a rename does not
+    shutil.rmtree(former, ignore_errors=True)
     with written_whole_directory(folder) as partial:
         for name, adapter in adapters.items():
             home = partial / "adapters" / name
@@ -76,7 +97,9 @@ def save(
         if front is not None:
             write_json(partial / FRONT, list(front))
         write_json(partial / ENSEMBLE_CARD, settings)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            os.replace(folder, former)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def read_settings(folder: Path, kind: str) -> dict[str, Any]:
@@ -103,32 +126,55 @@ def load_base_of(
     Raises:
         UserError: it has gone, or its parameters are not those the policies were trained on.
     """
-    if base is None and settings["base"] is None:
-        raise UserError(f"{folder} belongs to a base that was made in memory; give that one as base=")
-    model = base if base is not None else _load_base(located(settings["base"], folder, "base model"), settings, options)
+    if base is not None and options:
+        raise UserError(f"base= is loaded already, so {', '.join(options)} cannot change it; leave out one of both")
+    model = _load_base(folder, settings, options) if base is None else base
     if base_fingerprint(model) != settings["base_fingerprint"]:
         raise UserError(
-            f"{folder} was saved over another base than {model.name_or_path or 'the one given'} is now; give that one"
+            f"{folder} was saved over another base than {model.name_or_path or 'the one given'} is now; give that one as base="
         )
     return model
 
 
-def _load_base(place: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(place, **{"dtype": getattr(torch, settings["dtype"]), **options})
+def _load_base(folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
+    place = located(settings["base"], folder, "base model", "give it as base=")
+    defaults = {"dtype": getattr(torch, settings["dtype"]), "use_safetensors": True}  # never a pickle
+    try:
+        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
+        return kind.from_pretrained(place, **{**defaults, **options})
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the base {place!r} of {folder} cannot be loaded ({reason:.160}); give it as base=") from None
 
 
 def read_saved_adapters(folder: Path, scales: Mapping[str, float]) -> dict[str, Adapter]:
-    """The adapters of a saved mixture by name, in policy order, each times its scale."""
-    return {name: read_adapter(folder / "adapters" / name, scale) for name, scale in scales.items()}
-
-
-def preferred_weights(folder: Path, preferences: Mapping[str, float]) -> Mapping[str, float]:
-    """Weights of the saved front's point that suits preferences by objective best.
+    """The adapters of a saved mixture by name, in policy order, each times its scale.
 
     Raises:
-        UserError: no front was saved, or an unknown objective.
+        UserError: one has gone, or is damaged.
     """
+    try:
+        return {name: read_adapter(folder / "adapters" / name, scale) for name, scale in scales.items()}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def read_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a saved mixture; None where none was saved."""
+    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+
+
+def chosen_weights(folder: Path, saved: Sequence[float], prefer: Mapping[str, float] | None, weights: Any | None) -> Any:
+    """The weights a loaded mixture begins with: those given, those of the saved front's point that suits the importance of
+    objectives best, or the saved ones (K,).
+
+    Raises:
+        UserError: a preference beside weights or without a saved front, or an unknown objective.
+    """
+    if prefer is None:
+        return saved if weights is None else weights
+    if weights is not None:
+        raise UserError("prefer= chooses the weights and weights= gives them; use one of both")
     if not (folder / FRONT).is_file():
         raise UserError(f"{folder} was saved without a front to prefer a point of; give weights instead")
-    return choose(json.loads((folder / FRONT).read_text()), preferences)["weights"]
+    return choose(read_json(folder / FRONT), prefer)["weights"]

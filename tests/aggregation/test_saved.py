@@ -1,8 +1,9 @@
-"""An ensemble in a folder that can be copied alone, and weights by name: the same tokens as before."""
+"""An ensemble in a folder that can be copied alone: the same tokens as before."""
 
 import json
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
-from emorl.aggregation.trie import TrieDecoder
 from emorl.config import UserError
-from emorl.policies.adapters import Adapter, read_adapter
+from emorl.policies.adapters import Adapter, base_fingerprint, read_adapter
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 FRONT = [
@@ -61,8 +61,26 @@ def test_saved_copied_and_loaded_it_gives_the_same_tokens(base, adapters, inputs
     assert torch.equal(loaded.generate(**inputs, **GREEDY, weights={"kind": 1.0}), expected["one"])
     assert torch.equal(alone, expected["one"])
     assert AutoTokenizer.from_pretrained(tmp_path / "copy").get_vocab() == tokenizer.get_vocab()
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded.tokenizer.padding_side == "left"
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(mixture.from_pretrained(tmp_path / "again").generate(**inputs, **GREEDY), expected["saved"])
+    again = mixture.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.generate(**inputs, **GREEDY), expected["saved"])
+    assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_adapters_are_copied_bit_for_bit_and_keep_their_scales(base, adapters, inputs, mixture, tmp_path):
+    sources = {name: adapter.path for name, adapter in adapters.items()}
+    (sources["kind"] / "policy.json").write_text(json.dumps({"base_fingerprint": base_fingerprint(base)}))
+    model = mixture(base, {"short": read_adapter(sources["short"], 1.5), "kind": read_adapter(sources["kind"])})
+    model.save_pretrained(tmp_path / "saved")
+    for name, source in sources.items():
+        for file in ("adapter_config.json", "adapter_model.safetensors", *(["policy.json"] if name == "kind" else [])):
+            assert (tmp_path / "saved" / "adapters" / name / file).read_bytes() == (source / file).read_bytes()
+    loaded = mixture.from_pretrained(tmp_path / "saved", base=base)
+    assert loaded.tokenizer is None
+    assert (loaded.policy_names, loaded.adapter_scales) == (("short", "kind"), {"short": 1.5, "kind": 1.0})
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
 
 
 def test_a_preference_chooses_another_point_of_the_front(base, adapters, tmp_path):
@@ -74,23 +92,11 @@ def test_a_preference_chooses_another_point_of_the_front(base, adapters, tmp_pat
     assert load(tmp_path / "ensemble", weights={"short": 2}).weights == (0.0, 2.0)
     with pytest.raises(UserError, match="preferences name empathie; did you mean 'empathy'"):
         load(tmp_path / "ensemble", prefer={"empathie": 1})
+    with pytest.raises(UserError, match="prefer= chooses the weights and weights= gives them"):
+        load(tmp_path / "ensemble", prefer={"empathy": 1}, weights=[0.5, 0.5])
     ensemble.save_pretrained(tmp_path / "ensemble")
     with pytest.raises(UserError, match="saved without a front"):
         load(tmp_path / "ensemble", prefer={"empathy": 1})
-
-
-def test_weights_by_name_are_those_in_order(base, adapters, inputs, tokenizer):
-    ensemble = HiddenStateEnsemble(base, adapters, {"short": 0.7, "kind": 0.3})
-    assert ensemble.weights == (0.3, 0.7)
-    by_order = ensemble.generate(**inputs, **GREEDY, weights=[[0.3, 0.7], [1.0, 0.0]])
-    assert torch.equal(ensemble.generate(**inputs, **GREEDY, weights=[{"kind": 0.3, "short": 0.7}, {"kind": 1}]), by_order)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    trie = TrieDecoder(ensemble, inputs["input_ids"], inputs["attention_mask"], max_new_tokens=10, **ends)
-    assert torch.equal(trie.decode([{"kind": 0.3, "short": 0.7}]), trie.decode([[0.3, 0.7]]))
-    with pytest.raises(UserError, match="weights name 'knd', which is no policy; did you mean 'kind'"):
-        ensemble.generate(**inputs, **GREEDY, weights={"knd": 1.0})
-    with pytest.raises(ValueError, match="a row of zeros"):
-        ensemble.weights = {"kind": 0.0}
 
 
 def test_base_policy_and_data_type_are_saved(tiny_base_dir, adapters, tmp_path):
@@ -115,11 +121,13 @@ def test_a_reference_that_has_gone_or_changed_is_named(base, adapters, mixture, 
     with pytest.raises(ValueError, match=r"was saved over another base than .* give that one"):
         mixture.from_pretrained(saved)
     file.write_text(json.dumps(settings | {"base": {"relative": "../nowhere", "absolute": "/nowhere"}}))
-    with pytest.raises(ValueError, match=r"the base model in .*nowhere, which has gone; put it back, or give it"):
+    with pytest.raises(
+        UserError, match=r"the base model in .*nowhere or /nowhere, which has gone; put it back, or give it as base"
+    ):
         mixture.from_pretrained(saved)
     file.write_text(json.dumps(settings))
     shutil.rmtree(saved / "adapters" / "short")
-    with pytest.raises(ValueError, match=r"adapters/short is not a directory"):
+    with pytest.raises(UserError, match=r"adapters/short is not a directory"):
         mixture.from_pretrained(saved)
 
 
@@ -127,12 +135,58 @@ def test_a_base_made_in_memory_is_named_by_its_fingerprint(make_causal_model, ad
     base = make_causal_model("llama")
     model = mixture(base, adapters, [0.5, 0.5])
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(UserError, match="made in memory; give that one as base="):
+    with pytest.raises(UserError, match="without a folder or hub id, as if made in memory; give it as base="):
         mixture.from_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="saved over another base than the one given"):
         mixture.from_pretrained(tmp_path / "saved", base=make_causal_model("llama", seed=5))
     loaded = mixture.from_pretrained(tmp_path / "saved", base=base)
     assert torch.equal(loaded.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+def test_a_base_that_is_nowhere_is_named_with_the_remedy(base, adapters, inputs, tmp_path):
+    shutil.copytree(base.name_or_path, tmp_path / "base")
+    model = HiddenStateEnsemble(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapters)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "deeper" / "copy")  # the relative path leads nowhere, the absolute one does
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(HiddenStateEnsemble.from_pretrained(tmp_path / "deeper" / "copy").generate(**inputs, **GREEDY), expected)
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "pytorch_model.bin")  # no pickle is read
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*\); give it as base=$"):
+        HiddenStateEnsemble.from_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "base")
+    model.save_pretrained(tmp_path / "later")  # a folder that has gone is no hub id
+    assert json.loads((tmp_path / "later" / "ensemble.json").read_text())["base"] is None
+    loaded = HiddenStateEnsemble.from_pretrained(tmp_path / "later", base=base)
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), expected)
+    with pytest.raises(UserError, match="base= is loaded already, so dtype cannot change it"):
+        HiddenStateEnsemble.from_pretrained(tmp_path / "later", base=base, dtype=torch.float16)
+    file = tmp_path / "later" / "ensemble.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base": {"hub": "nobody/nothing"}}))
+    with pytest.raises(UserError, match=r"the base 'nobody/nothing' of .*later cannot be loaded \(.*\); give it as base=$"):
+        HiddenStateEnsemble.from_pretrained(tmp_path / "later")
+
+
+def test_an_interrupted_save_leaves_a_whole_ensemble(base, adapters, tmp_path, monkeypatch):
+    saved, ensemble = tmp_path / "saved", HiddenStateEnsemble(base, adapters, [0.9, 0.1])
+    ensemble.save_pretrained(saved)
+    in_memory = HiddenStateEnsemble(base, {"kind": adapters["kind"], "short": replace(adapters["short"], path=tmp_path / "no")})
+    with pytest.raises(UserError, match=r"no adapter of policy 'short' lies in .*no; write it there"):
+        in_memory.save_pretrained(saved)
+    assert HiddenStateEnsemble.from_pretrained(saved).weights == (0.9, 0.1)
+
+    def killed(folder: Path, **_) -> None:
+        if (folder / "ensemble.json").is_file():  # a file is removed, then the process is killed
+            (folder / "ensemble.json").unlink()
+            raise KeyboardInterrupt
+
+    ensemble.weights = [0.2, 0.8]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ensemble.save_pretrained(saved)
+    assert HiddenStateEnsemble.from_pretrained(saved).weights == (0.2, 0.8)
+    ensemble.save_pretrained(saved)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_folder_with_other_files_is_left_alone(base, adapters, mixture, tmp_path):
