@@ -36,7 +36,7 @@ def choose(front: Sequence[Mapping[str, Any]], preferences: Mapping[str, float])
     try:
         importance = importance_of(objectives, preferences)  # (O,)
     except ValueError as error:
-        raise UserError(f"--prefer: {error}") from None
+        raise UserError(f"prefer: {error}") from None
     scores = np.array([[point["scores"][name] for name in objectives] for point in front])  # (N, O)
     span = np.maximum(scores.max(0) - scores.min(0), 1e-12)
     return front[int(((scores - scores.min(0)) / span @ importance).argmax())]
