@@ -22,7 +22,7 @@ data:
   test: 16  # prompts for the comparison; nothing else sees them
 
 objectives:  # name: a registered function, a classifier's hub id, or package.module:function
-  concise: {{function: length, minimum: 5, maximum: 20}}
+  concise: {{function: length, minimum: 3, maximum: 10}}
   varied: distinct_2
   # polite: my_rewards:politeness          # (prompts, completions, **columns) -> list of numbers, higher is better
   # helpful: {{function: classifier, model: org/helpfulness-reward-model}}
