@@ -23,10 +23,12 @@ from emorl.dynamic.engines.loading import load_engine
 from emorl.dynamic.engines.stacked import StackedEngine
 from emorl.dynamic.models import Models
 from emorl.dynamic.rollout import Answer, Rollout, Span, Turns, write
+from emorl.policies.conversation import as_prompt
 from emorl.policies.prompts import is_chat
+from emorl.runs.layout import DYNAMIC_CARD
 from emorl.runs.run import read_json, written_whole_directory
 
-AGENT_FILE, DYNAMIC_FILE = "agent.safetensors", "dynamic.json"
+AGENT_FILE = "agent.safetensors"
 _BATCH = 64
 _BASE_PLACES, _AGENT_PLACES = ("model", "tokenizer"), ("encoder",)
 
@@ -107,8 +109,7 @@ class DynamicEnsemble:
         if not isinstance(prompt, str) or not isinstance(self.engine, StackedEngine) or not is_chat(self.engine.tokenizer):
             return prompt
         system_prompt = self.models.system_prompt if self.models is not None else None
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        return [*system, {"role": "user", "content": prompt}]
+        return as_prompt(prompt, True, system_prompt)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `agent.safetensors` and `dynamic.json`, which refers to the models: whole, or not at all."""
@@ -131,7 +132,7 @@ class DynamicEnsemble:
         }
         with written_whole_directory(directory) as temporary:
             save_file(dict(self.chooser.trained_state()), temporary / AGENT_FILE)
-            (temporary / DYNAMIC_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            (temporary / DYNAMIC_CARD).write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -141,9 +142,9 @@ class DynamicEnsemble:
             UserError: nothing there, a model that has gone.
         """
         directory = Path(directory).resolve()
-        if not (directory / DYNAMIC_FILE).is_file():
-            raise UserError(f"{directory} holds no dynamic ensemble (no {DYNAMIC_FILE} in it); run `emorl dynamic` first")
-        content = read_json(directory / DYNAMIC_FILE)
+        if not (directory / DYNAMIC_CARD).is_file():
+            raise UserError(f"{directory} holds no dynamic ensemble (no {DYNAMIC_CARD} in it); run `emorl dynamic` first")
+        content = read_json(directory / DYNAMIC_CARD)
         models = Models(
             {name: located(reference, directory, f"model {name}") for name, reference in content["models"].items()},
             BaseConfig(**_with_places(content["base"], _BASE_PLACES, directory)),

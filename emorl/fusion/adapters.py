@@ -22,6 +22,7 @@ from emorl.fusion.adapter_card import AdapterFusion, adapter_card
 from emorl.fusion.low_rank import Factors, LowRank, check_truncation, compress, concatenate, factor_gram, factorize
 from emorl.fusion.operators import Fusion, check_fusion, coefficients_of, fuse_tensor
 from emorl.policies.adapters import Adapter
+from emorl.runs.layout import POLICY_CARD, WEIGHTS
 from emorl.runs.run import write_json, write_text, written_whole_directory
 
 
@@ -152,10 +153,10 @@ def _write(directory: Path, factors: Mapping[str, Factors], like: Adapter, finge
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.T.contiguous()  # PEFT stores (r, in)
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.T.contiguous()  # and (out, r)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     _lora_config({name: a.shape[1] for name, (a, _) in factors.items()}, like).save_pretrained(str(directory))
     if fingerprint is not None:
-        write_json(directory / "policy.json", {"base_fingerprint": fingerprint})
+        write_json(directory / POLICY_CARD, {"base_fingerprint": fingerprint})
 
 
 def _lora_config(ranks: dict[str, int], like: Adapter) -> LoraConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 from emorl.config import UserError
 from emorl.fusion.operators import Fusion, check_fusion, fuse_tensor, tensor_workers
 from emorl.fusion.tensor_files import ShardWriter, TensorEntry, TensorSpec, read_tensor, tensor_entries
+from emorl.runs.layout import ADAPTER
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.run import written_whole_directory
 
@@ -55,7 +56,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no folder; fetch a model of the hub by `hf download {path} --local-dir FOLDER`, name that")
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER).is_file():
         raise UserError(f"{path} is an adapter, not a whole model; policies are fused by `emorl fuse experiment.yaml`")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a transformers checkpoint (no config.json in it)")

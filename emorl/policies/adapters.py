@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from emorl.runs.layout import ADAPTER, POLICY_CARD, WEIGHTS
+
 logger = logging.getLogger(__name__)
 
 # Settings that do not change what plain LoRA computes at inference. Any other setting must be left empty, so what a
@@ -174,9 +176,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             "hub "
             "with `hf download` first)."
         )
-    file = path / "adapter_config.json"
+    file = path / ADAPTER
     if not file.is_file():
-        raise ValueError(f"{path} holds no adapter_config.json; expected the directory PEFT's save_pretrained() wrote.")
+        raise ValueError(f"{path} holds no {ADAPTER}; expected the directory PEFT's save_pretrained() wrote.")
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -201,11 +203,11 @@ def _refuse_other_than_plain_lora(config: Mapping[str, Any], path: Path) -> None
 
 def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
     """Tensors by (module name, "A" or "B"), as PEFT stores them: A (r, in), B (out, r)."""
-    file = path / "adapter_model.safetensors"
+    file = path / WEIGHTS
     if not file.is_file():
         has_pickle = (path / "adapter_model.bin").is_file()
         pickled = " (adapter_model.bin is a pickle, which can run code when read)" if has_pickle else ""
-        raise ValueError(f"{path} holds no adapter_model.safetensors{pickled}; save it with PEFT's save_pretrained().")
+        raise ValueError(f"{path} holds no {WEIGHTS}{pickled}; save it with PEFT's save_pretrained().")
     try:
         loaded = load_file(file)
     except SafetensorError as error:
@@ -260,7 +262,7 @@ def _checked_scaling(module: str, tensors: Mapping[tuple[str, str], Tensor], con
 
 
 def _recorded_fingerprint(path: Path) -> str | None:
-    file = path / "policy.json"
+    file = path / POLICY_CARD
     return json.loads(file.read_text()).get("base_fingerprint") if file.is_file() else None
 
 

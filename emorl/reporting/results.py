@@ -13,7 +13,19 @@ import pandas as pd
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, load_kept_experiment
 from emorl.evaluation.hacking import Attacks
-from emorl.runs.layout import ATTACKS, COMPLETIONS, COST, MANIFEST, POINTS, RESULT, SEEDS, SUMMARY, TRIALS, Layout
+from emorl.runs.layout import (
+    ATTACKS,
+    COMPLETIONS,
+    COST,
+    MANIFEST,
+    POINTS,
+    RESULT,
+    SEEDS,
+    STAGES,
+    SUMMARY,
+    TRIALS,
+    Layout,
+)
 from emorl.runs.results import (
     BASE,
     DynamicResult,
@@ -28,7 +40,6 @@ from emorl.runs.run import Cost, read_json
 
 METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
 """columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""
-STAGES = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
 _TRAINING = ("steps", "best_step", "stopped", "base_reward", "reward", "kl", "base_distinct_share", "distinct_share", "words",
              "collapsed")  # fmt: skip
 _RESULTS = {

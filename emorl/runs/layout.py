@@ -6,6 +6,9 @@ from pathlib import Path
 
 from emorl.config import UserError
 
+STAGES = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
+"""stages of an experiment, in the order in which they use each other"""
+
 EXPERIMENT = "experiment.yaml"
 MANIFEST = "run.json"
 RESULT = "result.json"
@@ -19,7 +22,7 @@ ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 ENSEMBLE, ENSEMBLE_CARD, FRONT = "ensemble", "ensemble.json", "front.json"
-DYNAMIC_CARD = "dynamic.json"
+DYNAMIC_CARD, ANSWERS = "dynamic.json", "answers.parquet"
 COMPLETIONS = "completions.parquet"
 SUMMARY = "summary.csv"
 ATTACKS = "hacking.json"

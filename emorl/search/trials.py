@@ -13,8 +13,6 @@ from emorl.runs.progress import Progress
 from emorl.runs.run import Cost
 from emorl.search.study import Budget, Finished, Params, Proposer, Scored, Space, Valuation, finished_trials, search
 
-_UNLIMITED = Budget()
-
 
 class Evaluator(Protocol):
     """Some candidates -> their scores, in the same order."""
@@ -36,8 +34,8 @@ def search_on(
     title: str,
     expected: int,
     progress: Progress,
+    budget: Budget,
     batch: int = 1,
-    budget: Budget = _UNLIMITED,
 ) -> list[Finished]:
     """All finished trials of a search that goes on behind what the study holds, with a bar and the best value so far.
 

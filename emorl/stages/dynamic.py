@@ -17,7 +17,7 @@ from emorl.config.experiment import Experiment
 from emorl.dynamic.models import Models, check_together
 from emorl.reporting.dynamic_table import dynamic_table
 from emorl.runs.console import Console
-from emorl.runs.layout import Layout
+from emorl.runs.layout import ANSWERS, Layout
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import AgentResult, DynamicResult, FixedResult, as_json, read_result
 from emorl.runs.run import Run, open_run, written_whole
@@ -28,7 +28,6 @@ from emorl.stages.stage import Stage, identity, is_main_process, perform
 if TYPE_CHECKING:
     from emorl.dynamic.setting import Setting
 
-ANSWERS = "answers.parquet"
 _SETTING = ("base", "data", "objectives", "policies", "value", "generation", "seed")
 _FIXED = (*_SETTING, *(f"dynamic.{key}" for key in ("models", "turns", "vocabulary", "top_k", "fixed_step")))
 _COMPARISON = (*_SETTING, "dynamic", "-dynamic.batch", "-dynamic.ppo.updates")  # more updates go on

@@ -17,6 +17,8 @@ from emorl.config.yaml import as_mapping
 from emorl.runs.layout import Layout
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from emorl.aggregation.ensemble import AdapterMixture
     from emorl.data import Splits
     from emorl.objectives.loading import Objective
@@ -103,6 +105,17 @@ class Materials:
         folders, scale = self.layout.trained(self.experiment.policy_names), self.experiment.ensemble.adapter_scale
         settings = [{name: str(folder) for name, folder in folders.items()}, scale]
         return self._once("policies", settings, lambda: read_policies(folders, self.base, scale))
+
+    def peft_policy(self, name: str) -> "PeftModel":
+        """A trained policy as PEFT runs it, on a base of its own.
+
+        Raises:
+            UserError: it is not trained yet.
+        """
+        from peft import PeftModel
+
+        [folder] = self.layout.trained([name]).values()
+        return PeftModel.from_pretrained(self.own_base().model, str(folder)).eval()
 
     def mixture(self, aggregate: str | None = None) -> "AdapterMixture":
         """The policies combined as `ensemble` says, or by another way of `aggregate`."""

@@ -75,27 +75,23 @@ def load_policy(materials: Materials) -> Any:
     experiment = materials.experiment
     if experiment.train.mode == "ensemble":
         return materials.mixture()
-    [folder] = materials.layout.trained(experiment.policy_names).values()
+    [name] = experiment.policy_names
     if experiment.train.tuning == "full":
         from emorl.policies.base import load_base
 
+        [folder] = materials.layout.trained([name]).values()
         return load_base(BaseConfig(model=str(folder), dtype=experiment.base.dtype)).model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(materials.own_base().model, str(folder)).eval()
+    return materials.peft_policy(name)
 
 
 def timed_models(materials: Mapping[str, Materials]) -> dict[str, Any]:
     """The bare base, one policy as PEFT runs it, and what answers for each method."""
-    from peft import PeftModel
-
     from emorl.evaluation.methods import ONE_POLICY
 
     first = next(iter(materials.values()))
     models = {BASE: first.base.model, **{method: load_policy(of_method) for method, of_method in materials.items()}}
     if first.experiment.train.mode == "ensemble":
-        folder = first.layout.policy(first.experiment.policy_names[0])
-        models[ONE_POLICY] = PeftModel.from_pretrained(first.own_base().model, str(folder)).eval()
+        models[ONE_POLICY] = first.peft_policy(first.experiment.policy_names[0])
     return models
 
 

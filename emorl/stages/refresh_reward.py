@@ -18,7 +18,7 @@ from emorl.config.experiment import Experiment
 from emorl.config.reward import RefreshExperiment, RewardExperiment, load_refresh_experiment
 from emorl.config.yaml import as_mapping
 from emorl.runs.console import Console
-from emorl.runs.layout import MODEL, Layout
+from emorl.runs.layout import MODEL
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import RefreshResult, RefreshRound, as_json
 from emorl.stages.materials import Materials
@@ -120,16 +120,14 @@ def _refreshed(experiment: RefreshExperiment, reward: RewardExperiment, folder: 
 
 def _find(experiment: RefreshExperiment, materials: Materials, files: dict[str, Path]) -> None:
     """Writes what the trained policy says wrongly: to training prompts (to be added) and to validation prompts."""
-    from peft import PeftModel
-
     from emorl.evaluation.scoring import generate
     from emorl.training.reward.refresh import negatives, write_lines
 
-    policy, base = materials.experiment, materials.own_base()
-    [folder] = Layout(policy.output).trained(policy.policy_names).values()
-    trained = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    policy, tokenizer = materials.experiment, materials.base.tokenizer
+    [name] = policy.policy_names
+    trained = materials.peft_policy(name)
     for part, asked in zip(_PARTS, (materials.splits.train, materials.splits.validation), strict=True):
-        table = generate(trained, base.tokenizer, list(asked["prompt"]), policy.generation, seed=policy.seed)
+        table = generate(trained, tokenizer, list(asked["prompt"]), policy.generation, seed=policy.seed)
         answers = [(prompt, text) for prompt, text in zip(table["prompt"], table["completion"], strict=True) if text.strip()]
         write_lines(files[part], negatives(answers, experiment.negatives, policy.seed))
 

@@ -15,16 +15,13 @@ from typing import Any, Generic, TypeVar
 from emorl.config import UserError, nearest
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import as_mapping, to_yaml
-from emorl.runs.layout import MANIFEST, RESULT, Layout
+from emorl.runs.layout import MANIFEST, RESULT, STAGES, Layout
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import read_result, write_result
 from emorl.runs.run import Run, only_process, open_run, write_text
 from emorl.stages.materials import Materials, identity_of
 
 Result = TypeVar("Result")
-
-PERFORMED = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
-"""stages of an experiment, in the order in which they use each other"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,10 @@ def perform(
     progress, materials = progress or Silent(), materials or Materials(experiment)
     if isinstance(stage, str):
         return _module(stage).performed(experiment, progress, materials)
-    result = finished(stage, experiment)
-    if result is not None:
-        progress.say(f"{stage.name}: finished before, in {Layout(experiment.output).stage(stage.name)}")
+    config, folder = identity(experiment, stage.depends_on), Layout(experiment.output).stage(stage.name)
+    result = finished_run(folder, stage.name, config, stage.result)
+    if result is not None and stage.is_enough(experiment, result):
+        progress.say(f"{stage.name}: finished before, in {folder}")
         return result
     stage.check(experiment)
 
@@ -81,24 +79,19 @@ def perform(
             progress.warn(line)
         return stage.work(materials, run, progress)
 
-    config, folder = identity(experiment, stage.depends_on), Layout(experiment.output).stage(stage.name)
     with only_process(folder) if is_main_process() and not stage.is_shared else nullcontext():
         return work_on(open_run(folder, stage.name, config, is_main_process()), work)
 
 
-def finished(stage: Stage[Result], experiment: Experiment) -> Result | None:
-    """The result of a stage that is finished, and enough for what the experiment asks; else None. Waits for no library.
+def finished_run(folder: Path, name: str, config: Mapping[str, Any], kind: type[Result]) -> Result | None:
+    """The result of a finished run directory, None where there is none. Waits for no library.
+
+    Args:
+        config: what makes the run this one and no other.
 
     Raises:
-        UserError: the run directory holds another run.
+        UserError: the directory holds another run.
     """
-    folder = Layout(experiment.output).stage(stage.name)
-    result = finished_run(folder, stage.name, identity(experiment, stage.depends_on), stage.result)
-    return result if result is not None and stage.is_enough(experiment, result) else None
-
-
-def finished_run(folder: Path, name: str, config: Mapping[str, Any], kind: type[Result]) -> Result | None:
-    """The result of a finished run directory, None where there is none; `config` is what makes the run this one."""
     if not (folder / MANIFEST).exists() or not (folder / RESULT).exists():
         return None
     return read_result(kind, folder) if open_run(folder, name, config, is_main=False).finished else None
@@ -141,8 +134,8 @@ def is_main_process() -> bool:
 
 
 def _module(name: str) -> Any:
-    if name not in PERFORMED:
-        raise UserError(f"no stage is called {name!r}; {nearest(name, PERFORMED)}")
+    if name not in STAGES:
+        raise UserError(f"no stage is called {name!r}; {nearest(name, STAGES)}")
     return importlib.import_module(f"emorl.stages.{name}")
 
 

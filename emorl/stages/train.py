@@ -44,10 +44,7 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
     Args:
         names: of the policies that will be trained; all by default.
     """
-    for name in names or ():
-        if name not in experiment.policy_names:
-            kind = "objective" if experiment.train.mode == "ensemble" else "policy"
-            raise UserError(f"no {kind} {name!r} in this experiment; {nearest(name, experiment.policy_names)}")
+    _check_names(experiment, names or ())
     from emorl.objectives.loading import check_objectives
 
     check_objectives(experiment.objectives)
@@ -63,6 +60,13 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
     for name in names or experiment.policy_names:
         plan = plan_of(experiment.train, list(experiment.objectives), name)
         trainer_config(plan, experiment.train, experiment.base, experiment.generation, experiment.seed, Path(CHECKPOINTS))
+
+
+def _check_names(experiment: Experiment, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in experiment.policy_names:
+            kind = "objective" if experiment.train.mode == "ensemble" else "policy"
+            raise UserError(f"no {kind} {name!r} in this experiment; {nearest(name, experiment.policy_names)}")
 
 
 def work(materials: Materials, run: Run, progress: Progress, name: str) -> TrainingResult:
@@ -99,7 +103,10 @@ def performed(
     experiment: Experiment, progress: Progress, materials: Materials, names: Sequence[str] | None = None
 ) -> dict[str, TrainingResult]:
     """Name -> result of each policy; those of another experiment (`policies`) are only read."""
-    check(experiment, names)
+    if experiment.policies is None:
+        _check_names(experiment, names or ())  # their settings `perform` checks, of those that are not finished
+    else:
+        check(experiment, names)
     if not is_main_process():
         progress = Silent()
     results, layout = {}, Layout(experiment.output, experiment.policies)

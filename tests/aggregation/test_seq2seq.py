@@ -1,7 +1,7 @@
 """Encoder-decoders: each policy's own encoder states and caches, and the tokens of the slow computation.
 
-A random T5 has no scale in its attention and amplifies roundings: half a unit in the last place of its parameters moves the
-logits of the gated one by 0.008 in float32, and another processor's kernels by as much. So identities are proved in float64.
+A random T5 has no scale in its attention and amplifies roundings, those of another processor's kernels too. So identities are
+proved in float64.
 """
 
 from copy import deepcopy
