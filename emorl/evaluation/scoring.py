@@ -41,8 +41,11 @@ class Evaluation:
     cost: Cost
 
 
-def check_generation(generation: Mapping[str, Any]) -> None:
+def check_generation(generation: Mapping[str, Any], where: str = "generation") -> None:
     """Refuses settings that transformers' `generate()` would refuse after the models are loaded.
+
+    Args:
+        where: the settings' block, for the message.
 
     Raises:
         UserError: an unknown setting, or an impossible value.
@@ -51,9 +54,9 @@ def check_generation(generation: Mapping[str, Any]) -> None:
     try:
         unknown = config.update(**generation)
     except (ValueError, TypeError) as error:
-        raise UserError(f"generation: {str(error).splitlines()[0]:.300}") from None
+        raise UserError(f"{where}: {str(error).splitlines()[0]:.300}") from None
     for name in unknown:
-        raise UserError(f"generation: unknown setting {name!r}; {nearest(name, config.to_dict())}")
+        raise UserError(f"{where}: unknown setting {name!r}; {nearest(name, config.to_dict())}")
 
 
 @torch.no_grad()

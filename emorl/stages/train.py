@@ -54,12 +54,15 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
     if experiment.policies is not None:
         return
     from emorl.training.modes import plan_of
-    from emorl.training.trainers import lora_config, trainer_config
+    from emorl.training.rehearsal import rehearse
+    from emorl.training.trainers import lora_config, trainer_config, training_block
 
     lora_config(experiment.train, experiment.base)
+    block, _ = training_block(experiment.train, experiment.base)
     for name in names or experiment.policy_names:
         plan = plan_of(experiment.train, list(experiment.objectives), name)
-        trainer_config(plan, experiment.train, experiment.base, experiment.generation, experiment.seed, Path(CHECKPOINTS))
+        train, base, generation = experiment.train, experiment.base, experiment.generation
+        rehearse(trainer_config(plan, train, base, generation, experiment.seed, Path(CHECKPOINTS)), block)
 
 
 def _check_names(experiment: Experiment, names: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ emorl's own evaluation as their validation, so that curves, search and report me
 Every process of a distributed run validates all validation prompts: they are few, and so all processes take the same decision.
 """
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from emorl.config import UserError, check_keys
+from emorl.config import UserError
 from emorl.config.experiment import BaseConfig, TrainConfig
+from emorl.config.library import library_settings
 from emorl.config.objects import shown_name
 from emorl.data import Splits
-from emorl.evaluation.scoring import evaluate, summarize
+from emorl.evaluation.scoring import check_generation, evaluate, summarize
 from emorl.objectives.loading import Objective
 from emorl.policies.adapters import base_fingerprint
 from emorl.policies.base import Base, is_encoder_decoder
@@ -45,6 +45,7 @@ _SET_BY_EMORL = {
     "save_strategy": "{block}.save_steps",
     "reward_weights": "train.mode and train.preferences",
     "multi_objective_aggregation": "train.mode",
+    "model_init_kwargs": "base",
 }
 
 TrainerConfig = GRPOConfig | SCSTConfig
@@ -123,11 +124,10 @@ def trainer_config(
     for key in block:
         if key in _SET_BY_EMORL:
             raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
-    check_keys(block, {field.name for field in dataclasses.fields(kind)}, name, kind.__name__)
     steps, eval_steps = training_steps(name, block)
     length = generation.get("max_new_tokens", 64)
     of_kind = {"num_generations_eval": 1} if kind is GRPOConfig else {}
-    given = {**_defaults(base.dtype == "bfloat16", length, steps, eval_steps), **of_kind, **block}
+    defaults = {**_defaults(base.dtype == "bfloat16", length, steps, eval_steps), **of_kind}
     fixed = {
         "output_dir": str(output),
         "seed": seed,
@@ -140,12 +140,11 @@ def trainer_config(
         "reward_weights": list(plan.reward_weights),
         "multi_objective_aggregation": plan.aggregation,
     }
-    try:
-        config = kind(**{**given, **fixed})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
-    if not isinstance(config.beta, (int, float)) or config.beta < 0:
+    config = library_settings(kind, block, name, kind.__name__, defaults, fixed)
+    if config.beta < 0:
         raise UserError(f"{name}.beta: expected a number of at least 0, got {config.beta!r:.60}")
+    if isinstance(config, GRPOConfig) and config.generation_kwargs:
+        check_generation(dict(config.generation_kwargs), f"{name}.generation_kwargs")  # type: ignore[arg-type]
     return config
 
 
@@ -212,13 +211,8 @@ def lora_config(train: TrainConfig, base: BaseConfig) -> LoraConfig | None:
     Raises:
         UserError: an unknown or impossible setting.
     """
-    block = train.lora
-    check_keys(block, {field.name for field in dataclasses.fields(LoraConfig)}, "train.lora", "peft.LoraConfig")
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder(base.model) else "CAUSAL_LM"
-    try:
-        lora = LoraConfig(**{"task_type": task, **block})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"train.lora: {' '.join(str(error).split())}") from None
+    lora = library_settings(LoraConfig, train.lora, "train.lora", "peft.LoraConfig", {"task_type": task})
     if train.tuning == "lora":
         return lora
     if base.dtype != "float32":

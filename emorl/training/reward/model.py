@@ -8,7 +8,6 @@ validation loss is kept (without a margin: the loss after calibration) and its l
 rows, so that the registered objective `classifier` gives scores in [0, 1] that mean what the labels mean.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +32,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from trl import RewardConfig, RewardTrainer
 
-from emorl.config import UserError, check_keys
+from emorl.config import UserError
+from emorl.config.library import library_settings
 from emorl.config.reward import RewardExperiment
 from emorl.objectives.models.joint_encoding import encode_jointly
 from emorl.runs.layout import CHECKPOINTS, MODEL
@@ -42,6 +42,7 @@ from emorl.runs.results import RewardResult
 from emorl.runs.run import Run, read_json
 from emorl.training.callbacks import CostCallback
 from emorl.training.checkpoints import last_complete_checkpoint
+from emorl.training.rehearsal import check_reporters
 from emorl.training.reward.calibration import calibrate, calibrated, calibrated_loss
 from emorl.training.reward.card import measure, save_model
 from emorl.training.reward.data import Graded, GradedData, compared
@@ -87,8 +88,7 @@ def training_arguments(experiment: RewardExperiment) -> TrainingArguments:
     for key in _SET_BY_EMORL:
         if key in experiment.training:
             raise UserError(f"training.{key} is set by emorl; the checkpoint with the lowest validation loss is kept")
-    known = [field.name for field in dataclasses.fields(kind)]
-    check_keys(experiment.training, known, "training", f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+    owner = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     defaults = {
         "learning_rate": 5e-5,
         "lr_scheduler_type": "linear",
@@ -117,10 +117,9 @@ def training_arguments(experiment: RewardExperiment) -> TrainingArguments:
         "remove_unused_columns": False,
         "label_names": ["targets"],
     }
-    try:
-        return kind(**{**defaults, **experiment.training, **fixed})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
+    arguments = library_settings(kind, experiment.training, "training", owner, defaults, fixed)
+    check_reporters(arguments, "training")
+    return arguments
 
 
 def _is_pairwise(experiment: RewardExperiment) -> bool:

@@ -1,0 +1,141 @@
+"""One step of training on a tiny model: what a trainer would refuse is met before the real base is loaded.
+
+TRL and transformers look at many settings where they first use them, be that after an hour of sampling.
+"""
+
+import copy
+import functools
+import importlib.util
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from trl import GRPOConfig, GRPOTrainer
+
+from emorl.config import UserError
+from emorl.config.library import REFUSALS, refused
+from emorl.training.scst import SCSTConfig, SCSTTrainer
+
+_WORDS = ["<pad>", "<end>", "<unknown>", "a", "b", "c"]
+_ALONE = {
+    "max_steps": 1,
+    "report_to": [],
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "logging_strategy": "no",
+    "log_completions": False,
+    "log_completions_hub_repo": None,
+    "push_to_hub": False,
+    "disable_tqdm": True,
+}
+"""a rehearsal writes, shows and sends nothing"""
+
+
+def rehearse(config: GRPOConfig | SCSTConfig, where: str) -> None:
+    """Takes one step with these settings; a distributed launch, vLLM and compiled models are not rehearsed.
+
+    Args:
+        where: the settings' block, for the message.
+
+    Raises:
+        UserError: what the trainer refuses.
+    """
+    check_reporters(config, where)
+    if not _is_cheap(config):
+        return
+    try:
+        steps = _steps(type(config), _Alone(config))
+    except REFUSALS as error:
+        raise refused(where, error) from None
+    if steps == 0:
+        raise UserError(f"{where}: with these settings no step is ever taken; look at num_iterations and the batch sizes")
+
+
+def check_reporters(config: TrainingArguments, where: str) -> None:
+    """Refuses a tracker of `report_to` that is unknown or not installed."""
+    try:
+        for reporter in get_reporting_integration_callbacks(config.report_to):
+            reporter()
+    except REFUSALS as error:
+        raise refused(f"{where}.report_to", error) from None
+
+
+class _Alone:
+    """Settings that are compared by what they say, so that equal ones are rehearsed once."""
+
+    def __init__(self, config: GRPOConfig | SCSTConfig) -> None:
+        self.config = copy.copy(config)
+        for name, value in _ALONE.items():
+            if hasattr(config, name):
+                setattr(self.config, name, value)
+        self.config.max_completion_length = min(config.max_completion_length or 2, 2)
+        self._said = {name: value for name, value in vars(self.config).items() if name != "output_dir"}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alone) and repr(self._said) == repr(other._said)
+
+    def __hash__(self) -> int:
+        return hash(repr(self._said))
+
+
+def _is_cheap(config: Any) -> bool:
+    has_engine = getattr(config, "use_vllm", False) and importlib.util.find_spec("vllm") is not None
+    return config.world_size == 1 and not (has_engine or config.deepspeed or config.fsdp or config.torch_compile)
+
+
+@functools.cache
+def _steps(kind: type[GRPOConfig] | type[SCSTConfig], alone: _Alone) -> int:
+    """Steps that were taken: 1, if all is well."""
+    trainer_kind: Any = GRPOTrainer if kind is GRPOConfig else SCSTTrainer
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        alone.config.output_dir = folder
+        trainer = trainer_kind(
+            model=_tiny_model(encoder_decoder=kind is SCSTConfig),
+            reward_funcs=[_reward] * len(alone.config.reward_weights or [1.0]),
+            args=alone.config,
+            train_dataset=Dataset.from_dict({"prompt": _WORDS[3:] * 100}),
+            processing_class=_tiny_tokenizer(),
+            peft_config=LoraConfig(
+                r=1, task_type="SEQ_2_SEQ_LM" if kind is SCSTConfig else "CAUSAL_LM", target_modules="all-linear"
+            ),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer.state.global_step
+
+
+def _reward(completions: list[Any], **columns: Any) -> list[float]:
+    return [float(index % 2) for index in range(len(completions))]
+
+
+def _tiny_model(*, encoder_decoder: bool) -> PreTrainedModel:
+    words = {"vocab_size": len(_WORDS), "pad_token_id": 0, "eos_token_id": 1}
+    if encoder_decoder:
+        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+        return T5ForConditionalGeneration(T5Config.from_dict({**words, **sizes, "decoder_start_token_id": 0}))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig.from_dict({**words, **sizes}))
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_WORDS)}, unk_token="<unknown>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", padding_side="left"
+    )
