@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from emorl import load_run
 from emorl.cli import COMMANDS, main
 from emorl.config.experiment import load_experiment
 from emorl.objectives import REGISTRY
@@ -445,6 +446,37 @@ def test_policies_that_something_else_trained_are_searched_compared_and_reported
     where = [f"policies={tmp_path / 'elsewhere'}", f"output={tmp_path / 'run'}", "search.levels=1", "evaluate.attacks=false"]
     assert main(["run", str(experiment), *where]) == 0
     assert (tmp_path / "run" / "report" / "report.html").exists()
+
+
+def test_policies_may_be_named_one_by_one(experiment, tmp_path, make_causal_model, write_adapter, capsys):
+    folders = {name: tmp_path / f"adapter of {name}" for name in ("vowels", "digits")}
+    for seed, folder in enumerate(folders.values()):
+        write_adapter(make_causal_model("llama"), folder, seed=seed)
+    rest = [f"output={tmp_path / 'run'}", "search.levels=1", "evaluate.attacks=false"]
+    named = "policies={" + ", ".join(f"{name}: '{folder}'" for name, folder in folders.items()) + "}"
+    assert main(["run", str(experiment), named, *rest]) == 0
+    assert set(load_run(tmp_path / "run").costs.index) == {"search", "evaluate", "total"}
+    capsys.readouterr()
+    assert "expected one adapter for each of ['digits', 'vowels'], got ['vowels']" in mistake(
+        capsys, "run", experiment, "policies={vowels: x}", *rest
+    )
+    nowhere = "policies={vowels: nowhere, digits: nowhere}"
+    assert "policies.vowels: no adapter in nowhere" in mistake(capsys, "search", experiment, nowhere, f"output={tmp_path}/none")
+
+
+def test_an_objective_is_added_to_a_finished_experiment(experiment, finished, tmp_path, capsys):
+    """Its policy is trained beside the others; what was found without it stays, and the line says how to search again."""
+    grown, run = tmp_path / "grown.yaml", tmp_path / "run"
+    shutil.copytree(finished, run)
+    content = yaml.safe_load(experiment.read_text())
+    content["objectives"]["length"] = {"function": "length", "minimum": 1, "maximum": 4}
+    grown.write_text(yaml.safe_dump({**content, "output": str(run)}))
+    line = mistake(capsys, "run", grown)
+    assert f"give another `output` (`policies={run}` uses the trained policies again)" in line
+    assert (run / "train" / "length" / "result.json").is_file()
+    again = [f"output={tmp_path / 'again'}", f"policies={run}", "search.levels=1", "evaluate.attacks=false"]
+    assert main(["run", str(grown), *again]) == 0
+    assert {"policy vowels", "policy digits", "policy length"} <= set(load_run(tmp_path / "again").summary["system"])
 
 
 def test_overrides_may_stand_behind_an_option(experiment, tmp_path, capsys):

@@ -305,8 +305,9 @@ class Experiment:
     """`emorl dynamic`: an agent that sets the weights anew for every span of text"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
-    policies: Path | None = None
-    """another experiment's output, whose trained policies are used: nothing is trained here"""
+    policies: Path | dict[str, Path] | None = None
+    """another experiment's output, whose trained policies are used, or {name: folder of its LoRA adapter} for each objective:
+    nothing is trained here"""
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -327,6 +328,8 @@ class Experiment:
             raise ValueError(
                 "fuse.strata compares candidates prompt by prompt: decode greedily, and scalarize by mean or weighted"
             )
+        if isinstance(self.policies, dict) and set(self.policies) != set(self.policy_names):
+            raise ValueError(f"policies: expected one adapter for each of {self.policy_names}, got {sorted(self.policies)}")
         if self.search.race is not None and self.value.scalarize == "chebyshev":
             raise ValueError("search.race: chebyshev has no value before all policies are evaluated; use another scalarize")
 

@@ -196,13 +196,14 @@ def _result(folder: Path, kind: type) -> Any:
 
 
 def _training(experiment: Experiment) -> dict[str, TrainingResult]:
-    folders = {name: _policy_folder(experiment, name) for name in experiment.policy_names}
-    results = {name: _result(folder, TrainingResult) for name, folder in folders.items()}
+    results = {name: _result(folder, TrainingResult) for name, folder in _training_folders(experiment).items()}
     return {name: result for name, result in results.items() if result is not None}
 
 
-def _policy_folder(experiment: Experiment, name: str) -> Path:
-    return Layout(experiment.output, experiment.policies).training(name)
+def _training_folders(experiment: Experiment) -> dict[str, Path]:
+    """Of the policies that emorl has trained, here or in another experiment."""
+    layout = Layout(experiment.output, experiment.policies)
+    return {name: layout.training(name) for name in experiment.policy_names if not isinstance(layout.policies, Mapping)}
 
 
 def _table(file: Path) -> pd.DataFrame | None:
@@ -221,7 +222,7 @@ def cost_table(output: Path) -> pd.DataFrame:
     experiment, layout = load_kept_experiment(output), Layout(output)
     stages = {
         "quickstart": [output / "quickstart" / COST],
-        **{f"train {name}": [_policy_folder(experiment, name) / COST] for name in experiment.policy_names},
+        **{f"train {name}": [folder / COST] for name, folder in _training_folders(experiment).items()},
         **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
         "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),
     }

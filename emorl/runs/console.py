@@ -5,12 +5,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from emorl.runs.progress import Bar
 
 _NOTE_SECONDS = 15.0
+
+
+class _Remaining(ProgressColumn):
+    """How long it takes at the mean pace so far: this bar, and all that follow."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_remaining(task), style="progress.remaining")
+
+
+def _remaining(task: Task) -> str:
+    steps = task.completed - task.fields["done"]
+    if not steps or task.elapsed is None or task.total is None:
+        return ""
+    pace, following = task.elapsed / steps, task.fields["following"]
+    here = f"{_spoken(pace * (task.total - task.completed))} left"
+    if not following:
+        return here
+    return f"{here} ({_spoken(pace * (task.total - task.completed + following * task.total))} for all)"
+
+
+def _spoken(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.{1 if seconds < 10 * unit and unit == 3600 else 0}f} {name}"
+    return f"{seconds:.0f} s"
 
 
 class _RichBar:
@@ -26,7 +52,8 @@ class _RichBar:
         if not console.is_terminal and time.monotonic() - self._last_line > _NOTE_SECONDS:
             self._last_line = time.monotonic()
             task = next(task for task in self._progress.tasks if task.id == self._task)
-            console.print(f"  {task.description}: {task.completed:.0f}/{task.total:.0f}  {note}", highlight=False)
+            figures = "  ".join(filter(None, (f"{task.completed:.0f}/{task.total:.0f}", _remaining(task), note)))
+            console.print(f"  {task.description}: {figures}", highlight=False)
 
 
 class Console:
@@ -42,14 +69,15 @@ class Console:
         self._console.print(f"warning: {line}", style="bold red", highlight=False, markup=False)
 
     @contextmanager
-    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    def bar(self, title: str, total: int, done: int = 0, following: int = 0) -> Iterator[Bar]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _Remaining(),
             TextColumn("{task.fields[note]}"),
         )
         with RichProgress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
-            yield _RichBar(progress, progress.add_task(title, total=total, completed=done, note=""))
+            fields = {"note": "", "done": done, "following": following}
+            yield _RichBar(progress, progress.add_task(title, total=total, completed=done, **fields))

@@ -1,6 +1,6 @@
 """Every file name of a run directory, once: what lies where in an experiment's output. Kept free of torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,11 @@ class Layout:
 
     Args:
         output: the experiment's.
-        policies_output: another experiment's, whose trained policies are used.
+        policies: another experiment's output, whose trained policies are used, or the adapter's folder of each.
     """
 
     output: Path
-    policies_output: Path | None = None
+    policies: Path | Mapping[str, Path] | None = None
 
     @property
     def experiment(self) -> Path:
@@ -63,16 +63,18 @@ class Layout:
         return self.output / f"seed-{seed}"
 
     def training(self, policy: str) -> Path:
-        """A policy's run directory."""
-        return (self.policies_output or self.output) / "train" / policy
+        """A policy's run directory; of an adapter that was named, the folder it lies in."""
+        if isinstance(self.policies, Mapping):
+            return self.policies[policy].parent
+        return (self.policies or self.output) / "train" / policy
 
     def policy(self, policy: str) -> Path:
         """A policy's adapter, or its whole model where all of it was tuned."""
-        return self.training(policy) / POLICY
+        return self.policies[policy] if isinstance(self.policies, Mapping) else self.training(policy) / POLICY
 
     def is_ours(self, policy: str) -> bool:
         """Whether emorl has trained a policy, and so said how it went; any other adapter may be used too."""
-        return (self.training(policy) / RESULT).is_file()
+        return not isinstance(self.policies, Mapping) and (self.training(policy) / RESULT).is_file()
 
     def trained(self, policies: Sequence[str]) -> dict[str, Path]:
         """Name -> folder of each policy, in order.
@@ -84,9 +86,11 @@ class Layout:
         kinds = (POLICY_CARD, ADAPTER)
         is_there = {name: any((folder / file).is_file() for file in kinds) for name, folder in folders.items()}
         if missing := [name for name in policies if not is_there[name]]:
+            if isinstance(self.policies, Mapping):
+                raise UserError(f"policies.{missing[0]}: no adapter in {folders[missing[0]]} (no {ADAPTER} there)")
             raise UserError(
-                f"no trained policy for {', '.join(missing)} in {self.policies_output or self.output}; run `emorl train` "
-                "first, or give `policies`, the output of the experiment that trained them"
+                f"no trained policy for {', '.join(missing)} in {self.policies or self.output}; run `emorl train` "
+                "first, or give `policies`: the output of the experiment that trained them, or {name: folder of its adapter}"
             )
         return folders
 

@@ -24,8 +24,9 @@ class Progress(Protocol):
         """One line that nobody should miss."""
         ...
 
-    def bar(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
-        """A bar of `total` steps of which `done` are done, open for the length of a `with` block."""
+    def bar(self, title: str, total: int, done: int = 0, following: int = 0) -> AbstractContextManager[Bar]:
+        """A bar of `total` steps of which `done` are done, open for the length of a `with` block; as many bars like it are
+        `following` in the same command."""
         ...
 
 
@@ -44,5 +45,5 @@ class Silent:
         pass
 
     @contextmanager
-    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    def bar(self, title: str, total: int, done: int = 0, following: int = 0) -> Iterator[Bar]:
         yield _SilentBar()

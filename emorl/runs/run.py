@@ -88,8 +88,9 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
     changed = ", ".join(_differences(manifest.get("config", {}), config))
     if manifest.get("stage") != stage or changed:
         changed = changed or "the stage"
+        reuse = f" (`policies={path.parent}` uses the trained policies again)" if (path.parent / "train").is_dir() else ""
         raise UserError(
-            f"{path} holds a run with other settings ({changed}); give another `output`, or move that directory away"
+            f"{path} holds a run with other settings ({changed}); give another `output`{reuse}, or move that directory away"
         )
     cost_path = path / COST
     cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()

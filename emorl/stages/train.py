@@ -26,15 +26,15 @@ TRAINING = ("base", "data", "generation", "seed", "train")
 """keys of an experiment that its policies depend on, beside their objectives"""
 
 
-def policy_stage(experiment: Experiment, name: str) -> Stage[TrainingResult]:
-    """The stage of one policy."""
+def policy_stage(experiment: Experiment, name: str, turn: tuple[int, int] = (1, 1)) -> Stage[TrainingResult]:
+    """The stage of one policy; `turn` says which one it is of how many that the command trains."""
     objectives = [name] if experiment.train.mode == "ensemble" else list(experiment.objectives)
     return Stage(
         name=f"train/{name}",
         result=TrainingResult,
         check=lambda experiment: check(experiment, [name]),
         depends_on=(*TRAINING, *(f"objectives.{objective}" for objective in objectives)),
-        work=lambda materials, run, progress: work(materials, run, progress, name),
+        work=lambda materials, run, progress: work(materials, run, progress, name, turn),
     )
 
 
@@ -72,7 +72,7 @@ def _check_names(experiment: Experiment, names: Sequence[str]) -> None:
             raise UserError(f"no {kind} {name!r} in this experiment; {nearest(name, experiment.policy_names)}")
 
 
-def work(materials: Materials, run: Run, progress: Progress, name: str) -> TrainingResult:
+def work(materials: Materials, run: Run, progress: Progress, name: str, turn: tuple[int, int]) -> TrainingResult:
     """Trains a policy from its last complete checkpoint to its end."""
     from emorl.objectives.loading import outside_range
     from emorl.training.modes import plan_of
@@ -96,7 +96,7 @@ def work(materials: Materials, run: Run, progress: Progress, name: str) -> Train
         generation=experiment.generation,
         run=run,
     )
-    result = train_policy(trainer, plan, run.path / CHECKPOINTS, run.path / POLICY, progress)
+    result = train_policy(trainer, plan, run.path / CHECKPOINTS, run.path / POLICY, progress, turn)
     for line in outside_range(trainer.validation.objectives):
         progress.warn(line)
     return result
@@ -113,12 +113,15 @@ def performed(
     if not is_main_process():
         progress = Silent()
     results, layout = {}, Layout(experiment.output, experiment.policies)
-    for name in names or experiment.policy_names:
+    names = names or experiment.policy_names
+    waiting = [name for name in names if not layout.is_ours(name)]
+    for name in names:
         if experiment.policies is None:
-            results[name] = perform(policy_stage(experiment, name), experiment, progress, materials)
+            turn = (waiting.index(name) + 1, len(waiting)) if name in waiting else (1, 1)
+            results[name] = perform(policy_stage(experiment, name, turn), experiment, progress, materials)
             continue
         layout.trained([name])
-        progress.say(f"policy {name}: of {layout.training(name)}")
+        progress.say(f"policy {name}: {layout.policy(name)}")
         if layout.is_ours(name):
             results[name] = read_result(TrainingResult, layout.training(name))
     return results

@@ -153,6 +153,11 @@ class ProgressCallback(TrainerCallback):
         self._shown = 0
         self._validation = math.nan
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run goes on with what it has logged before."""
+        self._shown = state.global_step
+        self._validation = (_validations(state, "eval_reward") or [math.nan])[-1]
+
     def on_log(
         self,
         args: TrainingArguments,

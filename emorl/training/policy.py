@@ -19,12 +19,18 @@ from emorl.training.trainers import BETA, PolicyTrainer, TrainerConfig, prompts_
 
 
 def train_policy(
-    trainer: PolicyTrainer, plan: PolicyPlan, checkpoints: Path, policy: Path, progress: Progress
+    trainer: PolicyTrainer,
+    plan: PolicyPlan,
+    checkpoints: Path,
+    policy: Path,
+    progress: Progress,
+    turn: tuple[int, int] = (1, 1),
 ) -> TrainingResult:
     """Trains, and writes what was kept to the folder `policy`; every process of a distributed run calls this.
 
     Args:
         checkpoints: folder from whose last complete one it goes on.
+        turn: which policy this is of how many that the same command trains.
     """
     config: Any = trainer.args
     algorithm = type(config).__name__.removesuffix("Config")
@@ -33,7 +39,9 @@ def train_policy(
         progress.warn(f"train.{algorithm.lower()}.beta is 0: nothing holds policy {plan.name} near the base (default {BETA})")
     checkpoint = last_complete_checkpoint(checkpoints)
     config.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
-    with progress.bar(f"train {plan.name}", config.max_steps) as bar:
+    title = f"train {plan.name}" + (f" ({turn[0]} of {turn[1]})" if turn[1] > 1 else "")
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    with progress.bar(title, config.max_steps, done=done, following=turn[1] - turn[0]) as bar:
         trainer.add_callback(ProgressCallback(bar, log=trainer.validation.objectives[0].scale.log))
         trainer.train(resume_from_checkpoint=checkpoint)
     result = _outcome(trainer, plan, config)
