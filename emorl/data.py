@@ -11,11 +11,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from emorl.config import UserError, nearest
 from emorl.config.experiment import DataConfig
+from emorl.config.places import TABLES, check_table_file
 from emorl.policies.conversation import as_prompt
 
 logger = logging.getLogger(__name__)
-
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,8 @@ def read_table(path: Any, split: str = "train") -> Dataset:
         return path
     if not isinstance(path, str):
         raise UserError(f"data.path: expected a file, a hub id or a datasets.Dataset, got {path!r:.60}")
-    reader = _READERS.get(Path(path).suffix)
-    if reader is None and Path(path).exists():
-        raise UserError(f"{path}: expected a file ending in {', '.join(_READERS)}, or the hub id of a data set")
-    if reader is not None and not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected a csv, json, jsonl or parquet file or a hub id")
-    if reader is not None and Path(path).stat().st_size == 0:
-        raise UserError(f"{path} is empty; it needs at least one row")
+    check_table_file(path)
+    reader = TABLES.get(Path(path).suffix)
     try:
         if reader is not None:
             return load_dataset(reader, data_files=path, split="train")

@@ -195,7 +195,7 @@ def test_generate_answers_by_preference_without_search_or_training(finished, cap
         (["search.levels=-1"], "expected a number of at least 1, got -1"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["data.prompt_column=promt"], "has no column 'promt' (data.prompt_column); did you mean 'prompt'"),
-        (["base.model=./nowhere"], "base.model './nowhere': neither a folder here nor a model on the hub"),
+        (["base.model=./nowhere"], "base.model './nowhere': no such folder"),
         (["evaluate.perplexity_model=./nowhere"], "evaluate.perplexity_model './nowhere' is not a folder"),
         (["search.proposer=hierarchical"], "no proposer is called 'hierarchical'; did you mean 'hierarchical_grid'"),
         (["objectives.vowels=lenght"], "no objective function is called 'lenght'; did you mean 'length'"),
@@ -424,6 +424,10 @@ def test_generate_takes_weights_and_settings_and_says_which_weights_it_used(fini
         (["search", "EXPERIMENT", "search.levels=x"], "search.levels"),
         (["train", "EXPERIMENT", "--objective", "vowel"], "did you mean 'vowels'"),
         (["dynamic", "EXPERIMENT", "value.scalarize=chebyshev"], "chebyshev is no reward"),
+        (["run", "EXPERIMENT", "data.path=prompt.jsonl"], "prompt.jsonl: no such file"),
+        (["train", "EXPERIMENT", "base.model=./nowhere", "output=none"], "base.model './nowhere': no such folder"),
+        (["search", "EXPERIMENT", "data.test_path=prompt.jsonl", "output=none"], "prompt.jsonl: no such file"),
+        (["compare", "EXPERIMENT", "data.path=prompt.jsonl"], "prompt.jsonl: no such file"),
         (["fuse"], "no FILE given"),
     ],
 )
@@ -461,7 +465,7 @@ def test_policies_may_be_named_one_by_one(experiment, tmp_path, make_causal_mode
         capsys, "run", experiment, "policies={vowels: x}", *rest
     )
     nowhere = "policies={vowels: nowhere, digits: nowhere}"
-    assert "policies.vowels: no adapter in nowhere" in mistake(capsys, "search", experiment, nowhere, f"output={tmp_path}/none")
+    assert "policies.digits: no adapter in nowhere" in mistake(capsys, "search", experiment, nowhere, f"output={tmp_path}/none")
 
 
 def test_an_objective_is_added_to_a_finished_experiment(experiment, finished, tmp_path, capsys):

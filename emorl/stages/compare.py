@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emorl.config.experiment import Experiment
+from emorl.config.places import check_places
 from emorl.runs.console import Console
 from emorl.runs.layout import DECODE, POINTS, SEEDS, Layout
 from emorl.runs.progress import Progress
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 def check(experiment: Experiment) -> None:
     """Refuses settings that contradict a comparison, or what training and search refuse, before the first method is trained."""
+    check_places(experiment)
     runs = method_runs(experiment)
     search.check(experiment)
     for run in runs:

@@ -3,6 +3,7 @@
 import argparse
 
 from emorl.config.experiment import Experiment
+from emorl.config.places import check_places
 from emorl.runs.console import Console
 from emorl.runs.progress import Progress
 from emorl.stages import evaluate, search, train
@@ -12,6 +13,7 @@ from emorl.stages.options import add_experiment, load
 
 def run_all(experiment: Experiment, progress: Progress, as_json: bool) -> None:
     """Each stage is checked before the first one works, and all of them share what is loaded."""
+    check_places(experiment)
     for stage in (search, evaluate, train):  # cheap mistakes first: training's settings wait for TRL
         stage.check(experiment)
     materials = Materials(experiment)

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from emorl.config import UserError, nearest
 from emorl.config.experiment import Experiment
+from emorl.config.places import check_places
 from emorl.config.yaml import as_mapping, to_yaml
 from emorl.runs.layout import MANIFEST, RESULT, STAGES, Layout
 from emorl.runs.progress import Progress, Silent
@@ -70,6 +71,7 @@ def perform(
     if result is not None and stage.is_enough(experiment, result):
         progress.say(f"{stage.name}: finished before, in {folder}")
         return result
+    check_places(experiment)
     stage.check(experiment)
 
     def work(run: Run) -> Result:
