@@ -68,6 +68,20 @@ def front_figure(trials: pd.DataFrame, summary: pd.DataFrame, x: str, y: str) ->
     return _styled(figure, f"Trade-off of {y} against {x}", height=520)
 
 
+def parallel_figure(trials: pd.DataFrame, objectives: Sequence[str]) -> go.Figure:
+    """Many objectives: a line for each of the search's trials across an axis for each score, those of the front in colour."""
+    best = trials["front"].astype(bool)
+    scores = {name: trials[f"score_{name}"].round(4) for name in objectives}
+    lines = go.Parcoords(
+        line={"color": best.astype(int), "colorscale": [[0, _GRID], [1, BLUE]], "cmin": 0, "cmax": 1, "showscale": False},
+        dimensions=[{"label": name, "values": values} for name, values in scores.items()],
+        labelangle=-30,
+        name="search trials (validation)",
+    )
+    title = f"The scores of {len(trials)} trials, the front's {best.sum()} in blue (validation; higher is better)"
+    return _styled(go.Figure(lines), title, height=520).update_layout(margin={"t": 130})
+
+
 def short_name(system: str, kind: str) -> str:
     """Short, so that neighbours stay legible: `policy short` -> `short`, `ensemble, best found` -> `best found`."""
     names: dict[str, str] = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}

@@ -36,6 +36,7 @@ _ADDED_BY = "emorl {stage} {file}"
 _PROMPTS = 12
 _CANDIDATES = 10
 _TERNARY_POLICIES = 3
+_PAIRED_OBJECTIVES = 5
 _ROUNDING = 1e-9  # differences below come from floating point
 _METRICS = {
     "words_deviation": "± words",
@@ -146,7 +147,10 @@ def _fronts(results: Results) -> dict[str, Any]:
         columns["value"] = "What was searched for"
         ternary = [figures.ternary_figure(trials, results.policies, column, title) for column, title in columns.items()]
     summary = pd.DataFrame(columns=["system", "kind"]) if results.summary is None else results.summary
-    fronts = [figures.front_figure(trials, summary, x, y) for x, y in combinations(objectives, 2)]
+    if len(objectives) > _PAIRED_OBJECTIVES:
+        fronts = [figures.parallel_figure(trials, objectives)]
+    else:
+        fronts = [figures.front_figure(trials, summary, x, y) for x, y in combinations(objectives, 2)]
     return {"fronts": [_embedded(figure) for figure in fronts], "ternaries": [_embedded(figure) for figure in ternary]}
 
 

@@ -89,10 +89,14 @@ def _write_training(path: Path, name: str, *, collapsed: bool) -> None:
 
 
 def _write_search(experiment: Experiment, steps: int) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """All mixtures in `steps` parts; returns the weights of the best and of every point of the front."""
+    """All mixtures in `steps` parts, 400 of them where there would be more; returns the weights of the best and of every point
+    of the front."""
     objectives, path = list(experiment.objectives), experiment.output / "search"
-    shares = [point for point in product(range(steps + 1), repeat=len(objectives)) if sum(point) == steps]
     noise = np.random.default_rng(0)
+    if len(objectives) > 5:
+        shares = noise.multinomial(steps, np.full(len(objectives), 1 / len(objectives)), size=400).tolist()
+    else:
+        shares = [point for point in product(range(steps + 1), repeat=len(objectives)) if sum(point) == steps]
     notes = {"errors": [0.02] * len(objectives), "cost": {"seconds": 1.0, "prompts": 32}}
     finished = [
         Finished(

@@ -12,7 +12,7 @@ from emorl.reporting.report import Rival, headline, rivals, write_report
 from emorl.reporting.results import load_run
 from emorl.reporting.tables import evaluation_json
 from emorl.runs.run import read_json, write_json
-from tests.reporting.synthetic_run import OBJECTIVES, OTHERS
+from tests.reporting.synthetic_run import OBJECTIVES, OTHERS, write_run
 
 
 class _Page(HTMLParser):
@@ -81,6 +81,14 @@ def test_two_objectives_have_one_pair_and_no_ternary_map(run_of_two):
     tags = _Page(write_report(run_of_two).read_text(encoding="utf-8")).tags
     drawn = [attrs for tag, attrs in tags if tag == "div" and "plotly-graph-div" in attrs.get("class", "")]
     assert len(drawn) == 1 + 0 + 2 + 2
+
+
+def test_a_report_of_sixteen_objectives_draws_one_front_and_stays_under_six_megabytes(tmp_path):
+    run = write_run(tmp_path / "many", [f"objective_{number}" for number in range(16)], prompts=32)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert len(text.encode()) < 6_000_000
+    drawn = [attrs for tag, attrs in _Page(text).tags if tag == "div" and "plotly-graph-div" in attrs.get("class", "")]
+    assert len(drawn) == 1 + 0 + 2 + 16
 
 
 def test_the_base_as_one_more_policy_has_its_own_weight(finished_run, tmp_path):
@@ -216,7 +224,7 @@ def test_headline_says_in_words_what_was_found():
 
 SHOWN = {
     "train": "<h2>Training</h2>",
-    "search": "<h2>The front, pair by pair</h2>",
+    "search": "<h2>The front</h2>",
     "evaluate": "best found against",
     "compare": '<h2 id="methods">',
     "fuse": "<h2>The policies fused into one</h2>",
