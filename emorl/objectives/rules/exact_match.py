@@ -5,6 +5,7 @@ Departures: text is NFKC and case-folded; marks inside numbers stay, so that 1.5
 normalisation would leave empty keeps its marks and articles, so that the answer "A" is not silence.
 """
 
+import functools
 import re
 import string
 import unicodedata
@@ -37,6 +38,7 @@ def normalised(text: str, case: bool = True, punctuation: bool = True, articles:
     return " ".join(bare.split()) or plain
 
 
+@functools.cache
 def _is_punctuation(mark: str) -> bool:
     return mark in string.punctuation or unicodedata.category(mark).startswith("P")
 

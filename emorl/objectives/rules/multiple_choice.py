@@ -11,6 +11,7 @@ from emorl.config import UserError
 from emorl.objectives.rules.columns import column
 from emorl.policies.conversation import completion_text
 
+_READ_CHARACTERS = 20_000  # the end of a text: the time of a reading has a bound
 _LETTERS = "ABCDEFGHIJ"
 
 # A capital that stands alone: no part of a word, `B-cell`, `A+` or `D.C.`, and not the word in `A dog`, `I think`.
@@ -37,13 +38,15 @@ _DECLARED = re.compile(
     re.MULTILINE,
 )
 _NAMED = re.compile(rf"{_LETTER}|(?<![A-Za-z0-9])\([a-j]\)|^[ \t]*[a-j][.):](?=[ \t])", re.MULTILINE)
+_BLANKS = re.compile(r"\n\s*|[^\S\n]+")  # of several, one is left: patterns go over it once
 _DECORATION = re.compile(r"[*_`$\"“”]|\\(?:text|mathrm)(?:bf)?\b")
 
 
 def chosen_letter(text: str, choices: int) -> str | None:
     """The letter that a text answers with, among the first `choices` from A on; None for none or several.
 
-    What follows `</think>` is read. Declared answers count first: `Answer: B`, `the answer is (B)`, `B is correct`, 答案是B,
+    What follows `</think>` is read, its last 20,000 characters. Declared answers count first:
+    `Answer: B`, `the answer is (B)`, `B is correct`, 答案是B,
     `\\boxed{B}`, a letter alone on its line. Without one, all letters the text names have to be the same: `B. Paris`,
     `(B)`, `I choose B`. Rejected ones (`not C`, `C is wrong`) do not count. Small letters count in brackets, at the start of a
     line before a mark, alone on it, or at the end of a declared answer: `(b)`, `b) Paris`, `answer: b`, never `a dog`.
@@ -51,7 +54,8 @@ def chosen_letter(text: str, choices: int) -> str | None:
     >>> chosen_letter("A is wrong, so the answer is B.", 4), chosen_letter("A or B", 4)
     ('B', None)
     """
-    plain = unicodedata.normalize("NFKC", text.rpartition("</think>")[2])
+    plain = unicodedata.normalize("NFKC", text.rpartition("</think>")[2][-_READ_CHARACTERS:])
+    plain = _BLANKS.sub(lambda match: match.group()[0], plain)
     plain = _LIST.sub(lambda match: ",".join(dict.fromkeys(_letters(match.group()))), _DECORATION.sub("", plain))
     plain = _REJECTED.sub(" ", plain)
     parts = [match.group(match.lastgroup or 0) for match in _DECLARED.finditer(plain)] or _NAMED.findall(plain)

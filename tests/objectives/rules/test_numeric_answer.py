@@ -44,6 +44,22 @@ from emorl.objectives.rules.numeric_answer import NumericAnswer, last_number
         ("４２", 42),
         ("<think>7</think>8", 8),
         ("7 then 1/0", 7),
+        ("\\frac{-3}{4}", "-3/4"),
+        ("-\\frac12", "-1/2"),
+        ("10^3", 1000),
+        ("10^{-2}", "1/100"),
+        ("2**10", 1024),
+        ("2 \\times 10^3", 2000),
+        ("3 × 10^-2", "3/100"),
+        ("1 000", 1000),
+        ("1\u202f000\u202f000", 1000000),
+        ("- 1/2", "-1/2"),
+        ("= - 3", -3),
+        ("- 5 apples\n- 3 pears", 3),
+        ("It is 1/2.", "1/2"),
+        ("x = -5", -5),
+        ("90^\\circ", 90),
+        ("**-4**", -4),
     ],
 )
 def test_a_number_is_read_however_it_is_written(text, number):
@@ -65,10 +81,36 @@ def test_a_number_is_read_however_it_is_written(text, number):
         ("The answer is forty-two, from 6 and 7", 6),
         ("I made 7. ####", 7),
         ("İ answer is 5, not 6", 5),
+        ("Answer: 42 = 7 * 6", 42),
+        ("Answer: x = 7 * 6 = 42", 42),
+        ("The answer is - 1/2.", "-1/2"),
+        ("answer: 4 = \\sqrt{16}", 4),
+        ("#### 1 000", 1000),
     ],
 )
 def test_the_number_after_the_last_marker_counts_or_else_the_last(text, number):
     assert last_number(text) == Fraction(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2\\sqrt{3}", "x^2+1", "2x", "x+1", "1 + x", "3\\pi", "\\pi/4", "\\frac{\\sqrt{3}}{2}", "√2", "2√2", "e^2", "2^x", "3:4",
+     "|-3|"],
+)  # fmt: skip
+def test_a_number_inside_an_expression_with_symbols_is_none(text):
+    assert last_number(text) is None
+    with pytest.raises(UserError, match="expected a number"):
+        NumericAnswer(answer_column="key")(["p"], ["2"], key=[text])
+
+
+@pytest.mark.parametrize("text", ["5-3", "(3, 5)", "1, 2", "2 + 2", "-(-3)", "1 2 3"])
+def test_a_reference_that_is_a_formula_of_several_numbers_is_refused(text):
+    with pytest.raises(UserError, match="expected a number"):
+        NumericAnswer(answer_column="key")(["p"], ["2"], key=[text])
+
+
+def test_a_calculation_without_its_result_answers_nothing():
+    assert last_number("The answer is 3 + 4") is None
 
 
 @pytest.mark.parametrize("text", ["", "none", "x2", "####", "1/0", "9" * 400, "-", "$"])
