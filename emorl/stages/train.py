@@ -22,7 +22,10 @@ from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import Stage, is_main_process, perform
 
-TRAINING = ("base", "data", "generation", "seed", "train")
+BASE_KEYS = ("base", "-base.device_map", "-base.offload_folder", "-base.trust_remote_code")
+"""keys of an experiment that say which base it has, not where it lies"""
+
+TRAINING = (*BASE_KEYS, "data", "generation", "seed", "train")
 """keys of an experiment that its policies depend on, beside their objectives"""
 
 
@@ -53,8 +56,9 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
     check_generation(experiment.generation)
     if experiment.policies is not None:
         return
+    from emorl.training.lora import lora_config
     from emorl.training.modes import plan_of
-    from emorl.training.trainers import lora_config, trainer_config
+    from emorl.training.trainers import trainer_config
 
     lora_config(experiment.train, experiment.base)
     for name in names or experiment.policy_names:
@@ -72,9 +76,10 @@ def _check_names(experiment: Experiment, names: Sequence[str]) -> None:
 def work(materials: Materials, run: Run, progress: Progress, name: str) -> TrainingResult:
     """Trains a policy from its last complete checkpoint to its end."""
     from emorl.objectives.loading import outside_range
+    from emorl.training.lora import leaves_out_experts, lora_config
     from emorl.training.modes import plan_of
     from emorl.training.policy import train_policy
-    from emorl.training.trainers import build_trainer, lora_config, trainer_config
+    from emorl.training.trainers import build_trainer, trainer_config
 
     experiment = materials.experiment
     plan = plan_of(experiment.train, list(experiment.objectives), name)
@@ -82,6 +87,8 @@ def work(materials: Materials, run: Run, progress: Progress, name: str) -> Train
         plan, experiment.train, experiment.base, experiment.generation, experiment.seed, run.path / CHECKPOINTS
     )
     lora = lora_config(experiment.train, experiment.base)
+    if leaves_out_experts(experiment.train, experiment.base):
+        progress.say(f"policy {name}: adapts all linear layers but those among the base's experts, which cannot be combined")
     trainer = build_trainer(
         plan,
         experiment.train,

@@ -250,7 +250,7 @@ def test_groups_are_never_split_and_never_compared_with_others(make):
         ({"data": {"path": "nowhere.jsonl"}}, "no such file"),
         ({"training": {"learning_rat": 1}}, "unknown key 'training.learning_rat' .*did you mean 'learning_rate'"),
         ({"training": {"seed": 1}}, "training.seed is set by emorl"),
-        ({"model": "/nowhere"}, "model '/nowhere' cannot be loaded"),
+        ({"model": "/nowhere"}, "model '/nowhere': neither a folder here nor a model on the hub"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_says_what_to_do(make, tmp_path, change, message, capsys):
