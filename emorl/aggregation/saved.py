@@ -134,7 +134,10 @@ def load_base_of(
 def _load_base(folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
     place = located(settings["base"], folder, "base model", "give it as base=")
     config = BaseConfig(model=place, dtype=settings["dtype"], quantization=settings.get("quantization"))
-    return load_model(config, f"the base of {folder},", **options)
+    try:
+        return load_model(config, **options)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; or give it as base=") from error
 
 
 def read_saved_adapters(folder: Path, scales: Mapping[str, float]) -> dict[str, Adapter]:

@@ -32,6 +32,8 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool = False
+    """whether code that comes with it may run, which a policy's copy of the tokenizer asks for again"""
 
 
 def load_base(config: BaseConfig, is_changed: bool = False) -> Base:
@@ -49,14 +51,13 @@ def load_base(config: BaseConfig, is_changed: bool = False) -> Base:
         tensors = [] if is_changed else [*config.model.parameters(), *config.model.buffers()]
         copied = deepcopy(config.model, {id(tensor): tensor for tensor in tensors})
         return Base((copied.requires_grad_(False) if is_changed else copied).eval(), tokenizer)
-    return Base(load_model(config), tokenizer)
+    return Base(load_model(config), tokenizer, config.trust_remote_code)
 
 
-def load_model(config: BaseConfig, what: str = _WHAT, **options: Any) -> Any:
+def load_model(config: BaseConfig, **options: Any) -> Any:
     """The model of a folder, hub id or GGUF file, frozen, where and as the block says.
 
     Args:
-        what: names it in messages.
         options: go to transformers' `from_pretrained`, before those of the block.
 
     Raises:
@@ -71,7 +72,7 @@ def load_model(config: BaseConfig, what: str = _WHAT, **options: Any) -> Any:
         **{key: getattr(config, key) for key in ("attn_implementation", "offload_folder")},
     }
     given = {key: value for key, value in {**block, **options}.items() if value is not None}
-    model = read_model(kind, config.model, what, **_origin(config), **given)
+    model = read_model(kind, config.model, _WHAT, **_origin(config), **given)
     return model if "device_map" in given else model.to(device)
 
 
@@ -115,8 +116,10 @@ def read_policies(directories: Mapping[str, Path], base: Base, scale: float = 1.
             adapters[name] = read_adapter(directory, scale)
         except ValueError as error:
             raise UserError(f"policy {name!r}: {error}") from None
-        saved = (directory / "tokenizer_config.json").is_file()
-        if saved and read_tokenizer(str(directory), f"policy {name!r}: the tokenizer in").get_vocab() != vocabulary:
+        if not (directory / "tokenizer_config.json").is_file():
+            continue
+        what = f"policy {name!r}: the tokenizer in"
+        if read_tokenizer(str(directory), what, trust_remote_code=base.trust_remote_code).get_vocab() != vocabulary:
             raise UserError(f"policy {name!r} in {directory} was trained with another tokenizer than the base's; train it anew")
     return adapters
 
