@@ -214,7 +214,7 @@ def check_plain_lora(config: Mapping[str, Any], where: str) -> None:
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     """Ranks and scalings that can be computed with, and patterns that can be matched."""
     for key, pattern_key, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
-        patterns = config.get(pattern_key) or {}
+        patterns: Any = config.get(pattern_key) or {}
         if not isinstance(patterns, dict):
             raise UserError(f"{file}: expected {pattern_key} to map modules to numbers, got {patterns!r:.60}; save it again.")
         for name, value in ((key, config.get(key)), *patterns.items()):

@@ -82,7 +82,7 @@ def dtype_of(config: BaseConfig) -> torch.dtype:
         return config.model.dtype
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    own = config_of(config).get_text_config().dtype
+    own: Any = config_of(config).get_text_config().dtype
     return own or torch.float32 if torch.cuda.is_available() else torch.float32
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from emorl.config import UserError
@@ -35,7 +35,7 @@ def read_config(place: str, what: str, **options: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(**_where(place), **{"trust_remote_code": False, **options})
 
 
-def read_tokenizer(place: str, what: str, **options: Any) -> PreTrainedTokenizerBase:
+def read_tokenizer(place: str, what: str, **options: Any) -> Any:
     """The tokenizer of a folder, on the hub or in a GGUF file; the arguments and errors of `read_config`."""
     with _faults_of(place, what):
         tokenizer = AutoTokenizer.from_pretrained(**_where(place), **{"trust_remote_code": False, **options})

@@ -88,7 +88,9 @@ def work(materials: Materials, run: Run, progress: Progress, name: str) -> Train
     )
     lora = lora_config(experiment.train, experiment.base)
     if leaves_out_experts(experiment.train, experiment.base):
-        progress.say(f"policy {name}: adapts all linear layers but those among the base's experts, which cannot be combined")
+        progress.say(
+            f"policy {name}: adapts all linear layers but those in the base's blocks of experts, which cannot be combined"
+        )
     trainer = build_trainer(
         plan,
         experiment.train,

@@ -20,8 +20,8 @@ _EVERYTHING = "all-linear"
 
 
 def lora_config(train: TrainConfig, base: BaseConfig) -> LoraConfig | None:
-    """The `lora:` block; None where every parameter is tuned. Of a mixture of experts, `all-linear` leaves the experts' layers
-    out, which route each token by itself, and so could not be stacked.
+    """The `lora:` block; None where every parameter is tuned. Of a mixture of experts, `all-linear` leaves out the blocks
+    of experts, which route each token by itself, and so could not be stacked.
 
     Raises:
         UserError: a setting that PEFT does not know, that does not suit the base, or with which policies could not be combined.
@@ -38,7 +38,7 @@ def lora_config(train: TrainConfig, base: BaseConfig) -> LoraConfig | None:
         check_plain_lora(lora.to_dict(), "train.lora")
         empty = _empty(base)
         if leaves_out_experts(train, base):
-            lora.target_modules = set(_linear_layers(empty))
+            lora.target_modules = _linear_layers(empty)
         adapted = get_peft_model(empty, deepcopy(lora), low_cpu_mem_usage=True)  # which changes the settings it is given
     except UserError:
         raise
@@ -61,23 +61,23 @@ def _empty(base: BaseConfig) -> PreTrainedModel:
         return kind.from_config(config_of(base), trust_remote_code=base.trust_remote_code)
 
 
-def _expert_blocks(model: nn.Module) -> list[str]:
-    """Names of the modules that have experts in them, each with its router."""
-    return [
-        name.rpartition(".")[0]
+def _expert_blocks(model: nn.Module) -> set[str]:
+    """What the modules are called that have experts in them, each with its router: mlp, block_sparse_moe, …"""
+    return {
+        name.split(".")[-2]
         for name, module in model.named_modules()
-        if "experts" in name.rpartition(".")[2] or "experts" in type(module).__name__.lower()
-    ]
+        if "." in name and ("experts" in name.rpartition(".")[2] or "experts" in type(module).__name__.lower())
+    }
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of what `all-linear` means, but for what is inside a block of experts."""
-    blocks = tuple(f"{name}." for name in _expert_blocks(model))
-    head = model.get_output_embeddings()
+    """Names of what `all-linear` means, but for what is in a block of experts, or in its place in a layer without any: PEFT
+    takes the one for the other."""
+    blocks, head = _expert_blocks(model), model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.startswith(blocks)
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and blocks.isdisjoint(name.split("."))
     ]
 
 
