@@ -50,6 +50,7 @@ from emorl.aggregation.stacked_lora import (
 )
 from emorl.config import UserError, nearest
 from emorl.policies.adapters import Adapter, base_fingerprint
+from emorl.policies.base import quantization_of
 
 BASE_POLICY = "base"
 _NEEDED_OF_DECODERS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
@@ -289,6 +290,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             "base": reference_to(self.name_or_path or "", folder),
             "base_fingerprint": self._base_fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": quantization_of(self.policies),
             "adapter_scales": self.adapter_scales,
             "weights": list(self.weights),
             "include_base": self.include_base,

@@ -11,20 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emorl.config import UserError
+from emorl.config.experiment import BaseConfig
 from emorl.objectives.preference import choose
 from emorl.policies.adapters import Adapter, base_fingerprint, read_adapter
+from emorl.policies.base import load_model
+from emorl.policies.loading import GGUF, read_tokenizer
 from emorl.runs.layout import ADAPTER, ENSEMBLE_CARD, FRONT, POLICY_CARD, WEIGHTS
 from emorl.runs.run import read_json, write_json, written_whole_directory
 
@@ -36,7 +31,7 @@ def reference_to(place: str, folder: Path) -> dict[str, str] | None:
     """How a folder's file refers to a model: a folder by both paths, a hub id by itself; None for what is neither, such as a
     model made in memory."""
     path = Path(place).resolve()
-    if place and path.is_dir():
+    if place and (path.is_dir() or path.suffix == GGUF):
         return {"relative": os.path.relpath(path, folder), "absolute": str(path)}
     try:
         validate_repo_id(place)
@@ -57,7 +52,7 @@ def located(reference: Mapping[str, str] | None, folder: Path, what: str, remedy
         return reference["hub"]
     places = dict.fromkeys([(folder / reference["relative"]).resolve(), Path(reference["absolute"])])
     for place in places:
-        if place.is_dir():
+        if place.exists():
             return str(place)
     where = " or ".join(map(str, places))
     raise UserError(f"{folder} refers to the {what} in {where}, which has gone; put it back, or {remedy}")
@@ -138,13 +133,11 @@ def load_base_of(
 
 def _load_base(folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
     place = located(settings["base"], folder, "base model", "give it as base=")
-    defaults = {"dtype": getattr(torch, settings["dtype"]), "use_safetensors": True}  # never a pickle
+    config = BaseConfig(model=place, dtype=settings["dtype"], quantization=settings.get("quantization"))
     try:
-        kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
-        return kind.from_pretrained(place, **{**defaults, **options})
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the base {place!r} of {folder} cannot be loaded ({reason:.160}); give it as base=") from None
+        return load_model(config, **options)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; or give it as base=") from error
 
 
 def read_saved_adapters(folder: Path, scales: Mapping[str, float]) -> dict[str, Adapter]:
@@ -161,7 +154,7 @@ def read_saved_adapters(folder: Path, scales: Mapping[str, float]) -> dict[str, 
 
 def read_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a saved mixture; None where none was saved."""
-    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    return read_tokenizer(str(folder), "the tokenizer in") if (folder / "tokenizer_config.json").is_file() else None
 
 
 def chosen_weights(folder: Path, saved: Sequence[float], prefer: Mapping[str, float] | None, weights: Any | None) -> Any:

@@ -16,7 +16,7 @@ class Models:
     """Where the adapters or the whole models are, by name in the order of the weights.
 
     Args:
-        base: of the adapters; of whole models, only its precision counts.
+        base: of the adapters; whole models are loaded as it is, each from its own place.
         vocabulary, top_k: how whole models are mixed, as in `DynamicConfig`.
         system_prompt: with which the adapters are asked.
     """

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from emorl.config import UserError
 from emorl.runs.layout import ADAPTER, POLICY_CARD, WEIGHTS
+from emorl.runs.run import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ _REMEDIES = {
 _BASE_PRESERVING_INITIALISATIONS: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _SAMPLES_PER_PARAMETER = 16
+_LARGEST = 1e30  # rank or alpha: what float32 still holds when it is divided
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +95,12 @@ def read_adapter(path: str | Path, scale: float = 1.0) -> Adapter:
     """Read a plain LoRA adapter that PEFT saved, e.g. `read_adapter("runs/mine/train/empathy/policy")`.
 
     `scale` multiplies what it adds to the base; above 1 it goes on beyond the trained policy (task arithmetic). rsLoRA,
-    rank_pattern and alpha_pattern are honoured. Raises ValueError for anything that is not plain LoRA.
+    rank_pattern and alpha_pattern are honoured. Raises UserError for anything that is not plain LoRA, or damaged.
     """
     path = Path(path).absolute()
     config = _read_config(path)
-    _refuse_other_than_plain_lora(config, path)
+    check_plain_lora(config, f"The adapter in {path}")
+    _check_numbers(config, path / ADAPTER)
     tensors = _read_tensors(path)
     modules = sorted({name for name, _ in tensors})
     scalings = {module: scale * _checked_scaling(module, tensors, config, path) for module in modules}
@@ -113,7 +117,7 @@ def read_adapter(path: str | Path, scale: float = 1.0) -> Adapter:
 
 
 def check_adapter_fits(adapter: Adapter, base_model: PreTrainedModel) -> None:
-    """Raise ValueError unless every adapted module is a linear layer of the base, of the right shape, on the same base.
+    """Raise UserError unless every adapted module is a linear layer of the base, of the right shape, on the same base.
 
     Sameness is decided by `base_fingerprint` if `policy.json` records one; without it a differing base name only warns.
     """
@@ -122,17 +126,17 @@ def check_adapter_fits(adapter: Adapter, base_model: PreTrainedModel) -> None:
     for name, (a, b) in adapter.factors.items():
         module = modules.get(name)
         if module is None:
-            raise ValueError(
+            raise UserError(
                 f"The adapter in {adapter.path} adapts {name!r}, which {type(base_model).__name__} does not have; "
                 f"use the base it was trained on ({adapter.base_name or 'not recorded'})."
             )
         if any(module is one for one in shared):
-            raise ValueError(
+            raise UserError(
                 f"The adapter in {adapter.path} adapts {name!r}, an embedding or output head, which all policies must "
                 "share; train with target_modules that leave it out."
             )
         if not isinstance(module, nn.Linear | Conv1D):
-            raise ValueError(
+            raise UserError(
                 f"The adapter in {adapter.path} adapts {name!r}, which is a {type(module).__name__}; expected a "
                 "Linear or "
                 "Conv1D of a bare base model (not one that already carries adapters)."
@@ -140,7 +144,7 @@ def check_adapter_fits(adapter: Adapter, base_model: PreTrainedModel) -> None:
         linear = isinstance(module, nn.Linear)
         expected = (module.in_features, module.out_features) if linear else (module.nx, module.nf)
         if (a.shape[0], b.shape[1]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"The adapter in {adapter.path} maps {a.shape[0]} to {b.shape[1]} features at {name!r}, but the base "
                 "has "
                 f"{expected[0]} to {expected[1]}; use the base it was trained on "
@@ -171,34 +175,60 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{path} is not a directory; expected the directory of a LoRA adapter saved by PEFT (fetch one from the "
             "hub "
             "with `hf download` first)."
         )
     file = path / ADAPTER
     if not file.is_file():
-        raise ValueError(f"{path} holds no {ADAPTER}; expected the directory PEFT's save_pretrained() wrote.")
+        raise UserError(f"{path} holds no {ADAPTER}; expected the directory PEFT's save_pretrained() wrote.")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); save the adapter again.") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); save the adapter again.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise UserError(f"{path} holds a PEFT adapter of type {kind!r:.60}; expected 'LORA'.")
+    return config
 
 
-def _refuse_other_than_plain_lora(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} holds a PEFT adapter of type {config.get('peft_type')!r}; expected 'LORA'.")
+def check_plain_lora(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for settings of `peft.LoraConfig` with which an adapter could not be combined with others.
+
+    `where` begins the message: whose settings these are.
+    """
     for key, value in config.items():
         if key not in _HARMLESS_SETTINGS and value not in _EMPTY_VALUES:
             remedy = _REMEDIES.get(key, f"train without {key}")
-            raise ValueError(f"The adapter in {path} sets {key}={value!r}; only plain LoRA can be combined: {remedy}.")
+            raise UserError(f"{where} sets {key}={value!r}; only plain LoRA can be combined: {remedy}.")
     initialisation = config.get("init_lora_weights")
     if initialisation not in _BASE_PRESERVING_INITIALISATIONS:
-        raise ValueError(
-            f"The adapter in {path} was initialised with {initialisation!r}, which changes the base model, so "
-            "it does not fit the shared base; train with init_lora_weights=True, or convert it to plain LoRA with "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)."
+        raise UserError(
+            f"{where} sets init_lora_weights={initialisation!r}, which changes the base model, so it does not fit the shared "
+            "base; train with init_lora_weights=True, or convert it to plain LoRA with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Ranks and scalings that can be computed with, and patterns that can be matched."""
+    for key, pattern_key, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
+        patterns: Any = config.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{file}: expected {pattern_key} to map modules to numbers, got {patterns!r:.60}; save it again.")
+        for name, value in ((key, config.get(key)), *patterns.items()):
+            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
+            if not is_number or (kind is int and value < 1):
+                raise UserError(f"{file}: expected a number for {name}, got {value!r:.60}; save the adapter again.")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{file}: {pattern_key} {pattern!r} is no regular expression ({error}).") from None
+    name = config.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{file}: expected base_model_name_or_path to be a text, got {name!r:.60}; save the adapter again.")
 
 
 def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
@@ -207,23 +237,28 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
     if not file.is_file():
         has_pickle = (path / "adapter_model.bin").is_file()
         pickled = " (adapter_model.bin is a pickle, which can run code when read)" if has_pickle else ""
-        raise ValueError(f"{path} holds no {WEIGHTS}{pickled}; save it with PEFT's save_pretrained().")
+        raise UserError(f"{path} holds no {WEIGHTS}{pickled}; save it with PEFT's save_pretrained().")
     try:
         loaded = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error}); save the adapter again.") from error
+        raise UserError(f"{file} is not a readable safetensors file ({error}); save the adapter again.") from error
     tensors: dict[tuple[str, str], Tensor] = {}
     for name, tensor in loaded.items():
         match = _TENSOR_NAME.fullmatch(name)
         if match is None or tensor.ndim != 2:
-            raise ValueError(
+            raise UserError(
                 f"The adapter in {path} holds the tensor {name!r} of shape {tuple(tensor.shape)}; expected only "
                 "lora_A and "
                 "lora_B matrices of linear layers: train without adapting embeddings, biases or other modules."
             )
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"The adapter in {path} holds values in {name!r} that are no finite numbers; its training diverged or its "
+                "file is damaged: take an earlier checkpoint, or train it again with a lower learning rate."
+            )
         tensors[match["module"], match["factor"]] = tensor
     if not tensors:
-        raise ValueError(f"The adapter in {path} holds no tensors; expected lora_A and lora_B matrices: train again.")
+        raise UserError(f"The adapter in {path} holds no tensors; expected lora_A and lora_B matrices: train again.")
     return tensors
 
 
@@ -253,7 +288,7 @@ def _checked_scaling(module: str, tensors: Mapping[tuple[str, str], Tensor], con
     a, b = tensors.get((module, "A")), tensors.get((module, "B"))
     if a is None or b is None or not a.shape[0] == b.shape[1] == rank:
         found = [None if factor is None else tuple(factor.shape) for factor in (a, b)]
-        raise ValueError(
+        raise UserError(
             f"The adapter in {path} has lora_A, lora_B of shapes {found} at {module!r}; expected both, of rank {rank} "
             "as "
             "adapter_config.json says: save it again."
@@ -263,7 +298,12 @@ def _checked_scaling(module: str, tensors: Mapping[tuple[str, str], Tensor], con
 
 def _recorded_fingerprint(path: Path) -> str | None:
     file = path / POLICY_CARD
-    return json.loads(file.read_text()).get("base_fingerprint") if file.is_file() else None
+    card = read_json(file) if file.is_file() else {}
+    if not isinstance(card, dict):
+        raise UserError(
+            f"{file} is damaged: expected a mapping, got {card!r:.60}; train the policy again, or delete that file."
+        )
+    return card.get("base_fingerprint")
 
 
 def _same_place(one: str, other: str) -> bool:
@@ -274,7 +314,7 @@ def _same_place(one: str, other: str) -> bool:
 def _check_same_base(adapter: Adapter, base_model: PreTrainedModel) -> None:
     if adapter.base_fingerprint is not None:
         if adapter.base_fingerprint != base_fingerprint(base_model):
-            raise ValueError(
+            raise UserError(
                 f"The adapter in {adapter.path} was trained on another base ({adapter.base_name or 'not recorded'}) "
                 "than "
                 f"{base_model.name_or_path or 'the model given'}: their weights differ; load that base (or, if you "

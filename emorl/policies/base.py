@@ -1,4 +1,4 @@
-"""Loads a base model with its tokenizer, and the policies trained on it; safetensors only, never a pickle."""
+"""The base model with its tokenizer, loaded as the block `base` says, and the policies trained on it."""
 
 import functools
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,6 +21,9 @@ from emorl.config import UserError
 from emorl.config.experiment import BaseConfig
 from emorl.config.objects import is_object
 from emorl.policies.adapters import Adapter, read_adapter
+from emorl.policies.loading import read_config, read_model, read_tokenizer
+
+_WHAT = "base.model"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool = False
+    """whether code that comes with it may run, which a policy's copy of the tokenizer asks for again"""
 
 
 def load_base(config: BaseConfig, is_changed: bool = False) -> Base:
@@ -46,15 +51,57 @@ def load_base(config: BaseConfig, is_changed: bool = False) -> Base:
         tensors = [] if is_changed else [*config.model.parameters(), *config.model.buffers()]
         copied = deepcopy(config.model, {id(tensor): tensor for tensor in tensors})
         return Base((copied.requires_grad_(False) if is_changed else copied).eval(), tokenizer)
-    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config.model) else AutoModelForCausalLM
-    try:
-        model = kind.from_pretrained(config.model, dtype=getattr(torch, config.dtype), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"base.model {config.model!r} cannot be loaded from safetensors: {reason:.160}") from None
-    model.requires_grad_(False)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    return Base(model.eval(), tokenizer)
+    return Base(load_model(config), tokenizer, config.trust_remote_code)
+
+
+def load_model(config: BaseConfig, **options: Any) -> Any:
+    """The model of a folder, hub id or GGUF file, frozen, where and as the block says.
+
+    Args:
+        options: go to transformers' `from_pretrained`, before those of the block.
+
+    Raises:
+        UserError: as `load_base` does.
+    """
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block = {
+        "dtype": dtype_of(config),
+        "device_map": config.device_map or (None if config.quantization is None else {"": device}),
+        "quantization_config": _quantization(config),
+        **{key: getattr(config, key) for key in ("attn_implementation", "offload_folder")},
+    }
+    given = {key: value for key, value in {**block, **options}.items() if value is not None}
+    model = read_model(kind, config.model, _WHAT, **_origin(config), **given)
+    return model if "device_map" in given else model.to(device)
+
+
+def dtype_of(config: BaseConfig) -> torch.dtype:
+    """The precision in which the base computes on this machine."""
+    if is_object(config.model):
+        return config.model.dtype
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    own: Any = config_of(config).get_text_config().dtype
+    return own or torch.float32 if torch.cuda.is_available() else torch.float32
+
+
+def _quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
+    if config.quantization is None:
+        return None
+    if config.quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of(config))
+
+
+def quantization_of(model: PreTrainedModel) -> dict[str, int] | None:
+    """The block `base.quantization` that a loaded model was loaded with; None where its parameters are whole numbers."""
+    bits = 4 * getattr(model, "is_loaded_in_4bit", False) + 8 * getattr(model, "is_loaded_in_8bit", False)
+    return {"bits": bits} if bits else None
+
+
+def _origin(config: BaseConfig) -> dict[str, Any]:
+    return {"trust_remote_code": config.trust_remote_code, **({"revision": config.revision} if config.revision else {})}
 
 
 def read_policies(directories: Mapping[str, Path], base: Base, scale: float = 1.0) -> dict[str, Adapter]:
@@ -69,8 +116,10 @@ def read_policies(directories: Mapping[str, Path], base: Base, scale: float = 1.
             adapters[name] = read_adapter(directory, scale)
         except ValueError as error:
             raise UserError(f"policy {name!r}: {error}") from None
-        saved = (directory / "tokenizer_config.json").is_file()
-        if saved and AutoTokenizer.from_pretrained(directory).get_vocab() != vocabulary:
+        if not (directory / "tokenizer_config.json").is_file():
+            continue
+        what = f"policy {name!r}: the tokenizer in"
+        if read_tokenizer(str(directory), what, trust_remote_code=base.trust_remote_code).get_vocab() != vocabulary:
             raise UserError(f"policy {name!r} in {directory} was trained with another tokenizer than the base's; train it anew")
     return adapters
 
@@ -79,44 +128,43 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padding with the end token where it has no pad token; on the left, but for an encoder, which may
     count positions from the first token.
     """
-    padding_side = "right" if is_encoder_decoder(config.model) else "left"
+    padding_side = "right" if is_encoder_decoder(config) else "left"
     if config.tokenizer is not None and is_object(config.tokenizer):
         tokenizer = deepcopy(config.tokenizer)
-    else:
-        name = config.tokenizer or (config.model.name_or_path if is_object(config.model) else config.model)
+    elif config.tokenizer is not None:
+        tokenizer = read_tokenizer(config.tokenizer, "base.tokenizer", trust_remote_code=config.trust_remote_code)
+    elif is_object(config.model):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            if config.tokenizer is None and is_object(config.model):
-                raise UserError("base.tokenizer: a model made in memory has no tokenizer of its own; give one") from None
-            raise _not_found(name, error) from None
+            tokenizer = read_tokenizer(config.model.name_or_path, _WHAT)
+        except UserError:
+            raise UserError("base.tokenizer: a model made in memory has no tokenizer of its own; give one") from None
+    else:
+        tokenizer = read_tokenizer(config.model, _WHAT, **_origin(config))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = padding_side
     return tokenizer
 
 
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether the base, loaded or in a folder or on the hub, reads its prompts with an encoder, as T5 and BART do.
+def is_encoder_decoder(config: BaseConfig) -> bool:
+    """Whether the base reads its prompts with an encoder, as T5 and BART do; the errors of `config_of`."""
+    return bool(config_of(config).is_encoder_decoder)
+
+
+def config_of(config: BaseConfig) -> PreTrainedConfig:
+    """transformers' configuration of the base, loaded or in a folder or on the hub.
 
     Raises:
         UserError: no model is there.
     """
+    model = config.model
     if not is_object(model):
-        return _is_encoder_decoder(model)
+        return _read_once(model, config.revision, config.trust_remote_code)
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"base.model: expected a language model of transformers, a folder or a hub id, got {model!r:.60}")
-    return bool(model.config.is_encoder_decoder)
+    return model.config
 
 
 @functools.cache  # one run asks often, and a hub answers slowly
-def _is_encoder_decoder(model: str) -> bool:
-    try:
-        return bool(AutoConfig.from_pretrained(model).is_encoder_decoder)
-    except (OSError, ValueError) as error:
-        raise _not_found(model, error) from None
-
-
-def _not_found(model: str, error: Exception) -> UserError:
-    what = "the folder holds no model" if Path(model).is_dir() else "neither a folder here nor a model on the hub"
-    return UserError(f"base.model {model!r}: {what} ({str(error).splitlines()[0]:.160})")
+def _read_once(model: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    return read_config(model, _WHAT, trust_remote_code=trust_remote_code, **({"revision": revision} if revision else {}))

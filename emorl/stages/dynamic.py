@@ -24,11 +24,12 @@ from emorl.runs.run import Run, open_run, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import Stage, identity, is_main_process, perform
+from emorl.stages.train import BASE_KEYS
 
 if TYPE_CHECKING:
     from emorl.dynamic.setting import Setting
 
-_SETTING = ("base", "data", "objectives", "policies", "value", "generation", "seed")
+_SETTING = (*BASE_KEYS, "data", "objectives", "policies", "value", "generation", "seed")
 _FIXED = (*_SETTING, *(f"dynamic.{key}" for key in ("models", "turns", "vocabulary", "top_k", "fixed_step")))
 _COMPARISON = (*_SETTING, "dynamic", "-dynamic.batch", "-dynamic.ppo.updates")  # more updates go on
 _AGENT = (*_COMPARISON, "-dynamic.agents", "-dynamic.spans")

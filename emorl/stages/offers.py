@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from emorl.config.experiment import BaseConfig, ConvergenceConfig, Experiment
+from emorl.config.experiment import ConvergenceConfig, Experiment
 from emorl.runs.layout import COST, TRIALS, Layout
 from emorl.runs.progress import Progress
 from emorl.runs.results import BASE, SearchResult, TrainingResult, read_result
@@ -80,7 +81,7 @@ def load_policy(materials: Materials) -> Any:
         from emorl.policies.base import load_base
 
         [folder] = materials.layout.trained([name]).values()
-        return load_base(BaseConfig(model=str(folder), dtype=experiment.base.dtype)).model
+        return load_base(replace(experiment.base, model=str(folder), tokenizer=None, revision=None)).model
     return materials.peft_policy(name)
 
 

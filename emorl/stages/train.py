@@ -22,7 +22,10 @@ from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
 from emorl.stages.stage import Stage, is_main_process, perform
 
-TRAINING = ("base", "data", "generation", "seed", "train")
+BASE_KEYS = ("base", "-base.device_map", "-base.offload_folder", "-base.trust_remote_code")
+"""keys of an experiment that say which base it has, not where it lies"""
+
+TRAINING = (*BASE_KEYS, "data", "generation", "seed", "train")
 """keys of an experiment that its policies depend on, beside their objectives"""
 
 
@@ -53,9 +56,10 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
     check_generation(experiment.generation)
     if experiment.policies is not None:
         return
+    from emorl.training.lora import lora_config
     from emorl.training.modes import plan_of
     from emorl.training.rehearsal import rehearse
-    from emorl.training.trainers import lora_config, trainer_config, training_block
+    from emorl.training.trainers import trainer_config, training_block
 
     lora_config(experiment.train, experiment.base)
     block, _ = training_block(experiment.train, experiment.base)
@@ -75,9 +79,10 @@ def _check_names(experiment: Experiment, names: Sequence[str]) -> None:
 def work(materials: Materials, run: Run, progress: Progress, name: str, turn: tuple[int, int]) -> TrainingResult:
     """Trains a policy from its last complete checkpoint to its end."""
     from emorl.objectives.loading import outside_range
+    from emorl.training.lora import leaves_out_experts, lora_config
     from emorl.training.modes import plan_of
     from emorl.training.policy import train_policy
-    from emorl.training.trainers import build_trainer, lora_config, trainer_config
+    from emorl.training.trainers import build_trainer, trainer_config
 
     experiment = materials.experiment
     plan = plan_of(experiment.train, list(experiment.objectives), name)
@@ -85,6 +90,10 @@ def work(materials: Materials, run: Run, progress: Progress, name: str, turn: tu
         plan, experiment.train, experiment.base, experiment.generation, experiment.seed, run.path / CHECKPOINTS
     )
     lora = lora_config(experiment.train, experiment.base)
+    if leaves_out_experts(experiment.train, experiment.base):
+        progress.say(
+            f"policy {name}: adapts all linear layers but those in the base's blocks of experts, which cannot be combined"
+        )
     trainer = build_trainer(
         plan,
         experiment.train,

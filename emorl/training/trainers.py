@@ -25,7 +25,7 @@ from emorl.data import Splits
 from emorl.evaluation.scoring import check_generation, evaluate, summarize
 from emorl.objectives.loading import Objective
 from emorl.policies.adapters import base_fingerprint
-from emorl.policies.base import Base, is_encoder_decoder
+from emorl.policies.base import Base, dtype_of, is_encoder_decoder
 from emorl.runs.run import Run
 from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
@@ -127,7 +127,7 @@ def trainer_config(
     steps, eval_steps = training_steps(name, block)
     length = generation.get("max_new_tokens", 64)
     of_kind = {"num_generations_eval": 1} if kind is GRPOConfig else {}
-    defaults = {**_defaults(base.dtype == "bfloat16", length, steps, eval_steps), **of_kind}
+    defaults = {**_defaults(dtype_of(base), length, steps, eval_steps), **of_kind}
     fixed = {
         "output_dir": str(output),
         "seed": seed,
@@ -155,7 +155,7 @@ def training_block(train: TrainConfig, base: BaseConfig) -> tuple[str, Mapping[s
         UserError: the other block has settings.
     """
     blocks = {"train.grpo": train.grpo, "train.scst": train.scst}
-    encoder_decoder = is_encoder_decoder(base.model)
+    encoder_decoder = is_encoder_decoder(base)
     name, other = ("train.scst", "train.grpo") if encoder_decoder else ("train.grpo", "train.scst")
     if blocks[other]:
         what = "an encoder-decoder" if encoder_decoder else "a decoder"
@@ -176,7 +176,7 @@ def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
     return steps, min(eval_steps, steps)
 
 
-def _defaults(half_precision: bool, length: int, steps: int, eval_steps: int) -> dict[str, Any]:
+def _defaults(dtype: torch.dtype, length: int, steps: int, eval_steps: int) -> dict[str, Any]:
     return {
         "learning_rate": 1e-4,  # paper
         "lr_scheduler_type": "constant",  # paper
@@ -190,7 +190,8 @@ def _defaults(half_precision: bool, length: int, steps: int, eval_steps: int) ->
         "eval_on_start": True,
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": half_precision,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16 and torch.cuda.is_available(),  # which torch refuses elsewhere
         "gradient_checkpointing": False,
         "use_cpu": not torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
@@ -203,21 +204,6 @@ def prompts_per_step(config: TrainerConfig) -> int:
     """Training prompts drawn per optimiser step, over all processes."""
     rows: int = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return rows // (config.num_generations or 1) if isinstance(config, GRPOConfig) else rows
-
-
-def lora_config(train: TrainConfig, base: BaseConfig) -> LoraConfig | None:
-    """The `lora:` block; None where every parameter is tuned.
-
-    Raises:
-        UserError: an unknown or impossible setting.
-    """
-    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(base.model) else "CAUSAL_LM"
-    lora = library_settings(LoraConfig, train.lora, "train.lora", "peft.LoraConfig", {"task_type": task})
-    if train.tuning == "lora":
-        return lora
-    if base.dtype != "float32":
-        raise UserError("train.tuning: full needs base.dtype: float32; in bfloat16 small steps are lost")
-    return None
 
 
 def build_trainer(

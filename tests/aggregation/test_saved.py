@@ -151,7 +151,7 @@ def test_a_base_that_is_nowhere_is_named_with_the_remedy(base, adapters, inputs,
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(HiddenStateEnsemble.from_pretrained(tmp_path / "deeper" / "copy").generate(**inputs, **GREEDY), expected)
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "pytorch_model.bin")  # no pickle is read
-    with pytest.raises(UserError, match=r"cannot be loaded \(.*\); give it as base=$"):
+    with pytest.raises(UserError, match=r"/saved: base.model .* fetch or save it anew; or give it as base=$"):
         HiddenStateEnsemble.from_pretrained(tmp_path / "saved")
     shutil.rmtree(tmp_path / "base")
     model.save_pretrained(tmp_path / "later")  # a folder that has gone is no hub id
@@ -162,7 +162,7 @@ def test_a_base_that_is_nowhere_is_named_with_the_remedy(base, adapters, inputs,
         HiddenStateEnsemble.from_pretrained(tmp_path / "later", base=base, dtype=torch.float16)
     file = tmp_path / "later" / "ensemble.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base": {"hub": "nobody/nothing"}}))
-    with pytest.raises(UserError, match=r"the base 'nobody/nothing' of .*later cannot be loaded \(.*\); give it as base=$"):
+    with pytest.raises(UserError, match=r"/later: base.model 'nobody/nothing': neither .*; or give it as base=$"):
         HiddenStateEnsemble.from_pretrained(tmp_path / "later")
 
 

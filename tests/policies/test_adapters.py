@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from emorl.config import UserError
 from emorl.policies.adapters import base_fingerprint, check_adapter_fits, read_adapter
 
 
@@ -80,9 +82,26 @@ def test_a_saved_reading_of_the_config_names_base_and_task(base, write_adapter, 
         ({"alora_invocation_tokens": [1]}, r"sets alora_invocation_tokens="),
         ({"megatron_config": {"a": 1}}, r"sets megatron_config="),
         ({"a_later_invention": "yes"}, r"sets a_later_invention='yes'"),
-        ({"init_lora_weights": "pissa"}, r"initialised with 'pissa', which changes the base"),
-        ({"init_lora_weights": "olora"}, r"initialised with 'olora'"),
-        ({"init_lora_weights": "corda"}, r"initialised with 'corda'"),
+        ({"init_lora_weights": "pissa"}, r"sets init_lora_weights='pissa', which changes the base"),
+        ({"init_lora_weights": "olora"}, r"init_lora_weights='olora'"),
+        ({"init_lora_weights": "corda"}, r"init_lora_weights='corda'"),
+        ({"r": None}, r"expected a number for r, got None"),
+        ({"r": "x"}, r"expected a number for r, got 'x'"),
+        ({"r": 0}, r"expected a number for r, got 0"),
+        ({"r": 2.5}, r"expected a number for r, got 2.5"),
+        ({"r": True}, r"expected a number for r, got True"),
+        ({"lora_alpha": None}, r"expected a number for lora_alpha, got None"),
+        ({"lora_alpha": math.inf}, r"expected a number for lora_alpha, got inf"),
+        ({"lora_alpha": math.nan}, r"expected a number for lora_alpha, got nan"),
+        ({"lora_alpha": [8]}, r"expected a number for lora_alpha, got \[8\]"),
+        ({"lora_alpha": 10**400}, r"expected a number for lora_alpha, got 1000"),
+        ({"rank_pattern": {"q_proj(": 2}}, r"rank_pattern 'q_proj\(' is no regular expression"),
+        ({"rank_pattern": ["q_proj"]}, r"expected rank_pattern to map modules to numbers"),
+        ({"rank_pattern": {"q_proj": None}}, r"expected a number for q_proj, got None"),
+        ({"alpha_pattern": {"[": 2}}, r"alpha_pattern '\[' is no regular expression"),
+        ({"alpha_pattern": {"q_proj": "2"}}, r"expected a number for q_proj, got '2'"),
+        ({"base_model_name_or_path": ["a"]}, r"expected base_model_name_or_path to be a text"),
+        ({"peft_type": None}, r"of type None; expected 'LORA'"),
         ({"r": 5}, r"expected both, of rank 5 as adapter_config.json says: save it again"),
     ],
 )
@@ -111,6 +130,34 @@ def test_missing_or_broken_files_are_refused(adapter_dir, tmp_path):
         read_adapter(adapter_dir)
     (adapter_dir / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
+        read_adapter(adapter_dir)
+    for content in ("[]", '"LORA"', "null", "3"):
+        (adapter_dir / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"holds a PEFT adapter of type .*; expected 'LORA'"):
+            read_adapter(adapter_dir)
+    (adapter_dir / "adapter_config.json").write_bytes(b'{"r": "\xff"}')
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_adapter(adapter_dir)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_no_numbers_are_refused_by_the_tensors_name(adapter_dir, value, dtype):
+    file = adapter_dir / "adapter_model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    assert read_adapter(adapter_dir)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[name][3, 1] = value
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"holds values in '{name}' that are no finite numbers"):
+        read_adapter(adapter_dir)
+
+
+@pytest.mark.parametrize("content", ["[]", "{nope", "3"])
+def test_a_damaged_card_of_a_policy_is_one_line(adapter_dir, content):
+    (adapter_dir / "policy.json").write_text(content)
+    with pytest.raises(UserError, match=r"policy\.json is damaged"):
         read_adapter(adapter_dir)
 
 

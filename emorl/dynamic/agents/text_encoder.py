@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from emorl.config import UserError
+from emorl.policies.loading import read_config, read_model, read_tokenizer
+
+_WHAT = "dynamic.agent.encoder"
 
 
 class TextEncoder(nn.Module):
@@ -20,15 +23,11 @@ class TextEncoder(nn.Module):
 
     def __init__(self, name: str, context: int, lora: Mapping[str, Any] | None = None, seed: int = 0) -> None:
         super().__init__()
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise _not_loaded(name, error) from None
+        self.tokenizer = read_tokenizer(name, _WHAT)
+        model = read_model(AutoModel, name, _WHAT, is_new=lambda _, tensor: "pooler." in tensor, dtype=torch.float32)
         self._positions = min(context, getattr(model.config, "max_position_embeddings", context) or context)
         self.width: int = model.config.hidden_size
         self.is_tuned = lora is not None
-        model.requires_grad_(False)
         if lora is not None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -60,11 +59,4 @@ class TextEncoder(nn.Module):
 
 def check_encoder(name: str) -> None:
     """Refuses an encoder that is not there, before anything else is loaded: UserError."""
-    try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
-
-
-def _not_loaded(name: str, error: Exception) -> UserError:
-    return UserError(f"dynamic.agent.encoder {name!r} cannot be loaded from safetensors: {str(error).splitlines()[0]:.160}")
+    read_config(name, _WHAT)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config import UserError
+from emorl.config.experiment import BaseConfig
 from emorl.dynamic.engines.engine import Engine
 from emorl.dynamic.engines.stacked import StackedEngine
 from emorl.dynamic.engines.union import UnionEngine
@@ -26,7 +27,7 @@ def load_engine(models: Models, base: Base | None = None) -> Engine:
             base = base or load_base(models.base)
             policies = read_policies({name: Path(place) for name, place in models.places.items()}, base)
             return StackedEngine(HiddenStateEnsemble(base.model, policies), base.tokenizer)
-        loaded = [load_base(replace(models.base, model=place, tokenizer=None)) for place in models.places.values()]
+        loaded = [load_base(_whole(models, place)) for place in models.places.values()]
         return UnionEngine(
             [each.model for each in loaded],
             [each.tokenizer for each in loaded],
@@ -41,14 +42,19 @@ def load_engine(models: Models, base: Base | None = None) -> Engine:
 def check_places(models: Models) -> None:
     """Refuses models that are not there, and whole ones that are no decoders, before the first one is loaded: UserError."""
     if models.share_base:
-        is_encoder_decoder(models.base.model)
+        is_encoder_decoder(models.base)
         return
     for name, place in models.places.items():
         try:
-            is_refused = is_encoder_decoder(place)
+            is_refused = is_encoder_decoder(_whole(models, place))
         except UserError as error:
             raise UserError(str(error).replace("base.model", f"dynamic.models.{name}", 1)) from None
         if is_refused:
             raise UserError(
                 f"dynamic.models.{name} {place!r} is an encoder-decoder; different models write together as decoders"
             )
+
+
+def _whole(models: Models, place: str) -> BaseConfig:
+    """How a whole model is loaded: as the base, but of its own place."""
+    return replace(models.base, model=place, tokenizer=None, revision=None)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from emorl.config import UserError
 from emorl.objectives.judge.ledger import Ledger
 from emorl.objectives.judge.questions import Question, UnansweredError
+from emorl.policies.loading import read_model, read_tokenizer
 
 
 class LocalChat:
@@ -101,17 +102,13 @@ class LocalChat:
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._path)
-            if tokenizer.chat_template is None:
-                raise UserError(f"judge {self}: it has no chat template, so it cannot be asked; choose a chat model")
-            model = AutoModelForCausalLM.from_pretrained(self._path, use_safetensors=True).eval()
-        except OSError as error:
-            raise UserError(f"judge {self} cannot be loaded: {str(error).splitlines()[0]:.200}") from None
+        tokenizer = read_tokenizer(self._path, "judge model")
+        if tokenizer.chat_template is None:
+            raise UserError(f"judge {self}: it has no chat template, so it cannot be asked; choose a chat model")
+        model = read_model(AutoModelForCausalLM, self._path, "judge model")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
-        model.requires_grad_(False)
         model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         return tokenizer, model
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from emorl.config import nearest
 from emorl.objectives.models.batching import score_in_batches
 from emorl.objectives.models.frozen_model import Dtype, batch_tolerance, load_frozen, longest_input
 from emorl.objectives.models.joint_encoding import encode_jointly
 from emorl.policies.conversation import completion_text, prompt_text
+from emorl.policies.loading import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Classifier:
         dtype: Dtype = "auto",
     ) -> None:
         self._model = load_frozen(AutoModelForSequenceClassification, model, dtype)
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = read_tokenizer(model, "model")
         self.batch_tolerance = batch_tolerance(self._model)
         self._with_prompt = with_prompt
         self._batch_size = batch_size

@@ -5,7 +5,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
+
+from emorl.policies.loading import read_model
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -21,8 +23,15 @@ def load_frozen(kind: Any, model: str, dtype: str) -> Any:
         inside = folder / "model"
         hint = f"; did you mean {str(inside)!r}?" if (inside / "config.json").is_file() else ""
         raise ValueError(f"folder {model!r} holds no model (no config.json){hint}")
-    loaded = kind.from_pretrained(model, use_safetensors=True, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    precision = dtype if dtype == "auto" else getattr(torch, dtype)
+    loaded = read_model(
+        kind,
+        model,
+        "model",
+        is_new=lambda _, tensor: kind is AutoModel and "pooler." in tensor,  # whose states are averaged: nothing reads it
+        dtype=precision,
+    )
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def batch_tolerance(model: PreTrainedModel) -> float:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from emorl.objectives.models.batching import score_in_batches
 from emorl.objectives.models.frozen_model import batch_tolerance, load_frozen, longest_input
 from emorl.objectives.rules.text import quoted_share, repeated_share
 from emorl.policies.conversation import completion_text, prompt_text
+from emorl.policies.loading import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Likelihood:
         if minimum_words < 0:
             raise ValueError(f"likelihood: expected minimum_words of at least 0, got {minimum_words}")
         self._model = load_frozen(AutoModelForCausalLM, model, dtype)
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = read_tokenizer(model, "model")
         self.batch_tolerance = batch_tolerance(self._model)
         self._longest, self._has_cut = longest_input(self._model), False
         self._scale, self._ceiling, self._temperature, self._batch_size = scale, ceiling, temperature, batch_size

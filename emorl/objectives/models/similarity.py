@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from emorl.objectives.models.frozen_model import load_frozen
 from emorl.policies.conversation import completion_text, prompt_text
+from emorl.policies.loading import read_tokenizer
 
 _REMEMBERED = 50_000
 
@@ -28,7 +29,7 @@ class SentenceEncoder:
 
     def __init__(self, model: str, max_tokens: int = 128, batch_size: int = 64) -> None:
         self._model = load_frozen(AutoModel, model, "auto")
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = read_tokenizer(model, "model")
         self._max_tokens, self._batch_size = max_tokens, batch_size
         self._known: dict[str, Tensor] = {}
 

@@ -42,8 +42,22 @@ def load_graded(experiment: RewardExperiment) -> GradedData:
     """Reads the tables, checks every row and keeps whole groups for validation.
 
     Raises:
-        UserError: missing files or columns, empty responses, labels out of range, too few groups.
+        UserError: missing files or columns, empty responses, labels out of range, too few groups; nothing to rank.
     """
+    data = _split(experiment)
+    for which, rows in (("training", data.training), ("validation", data.validation)):
+        grades: dict[str, set[tuple[float, ...]]] = {}
+        for row in rows:
+            grades.setdefault(row.group, set()).add(row.targets)
+        if experiment.loss == "ranking" and all(len(different) < 2 for different in grades.values()):
+            raise UserError(
+                f"{experiment.data.path}: no group of its {len(rows)} {which} rows has two different grades, and a ranking "
+                "compares inside groups; give more rows, another data.group_column, or loss: regression"
+            )
+    return data
+
+
+def _split(experiment: RewardExperiment) -> GradedData:
     data = experiment.data
     tables = [read_table(path) for path in (data.path, data.validation_path) if path]
     names = _names(experiment, tables)

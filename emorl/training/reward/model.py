@@ -17,9 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EarlyStoppingCallback,
     EvalPrediction,
     PrinterCallback,
@@ -36,6 +34,7 @@ from emorl.config import UserError
 from emorl.config.library import library_settings
 from emorl.config.reward import RewardExperiment
 from emorl.objectives.models.joint_encoding import encode_jointly
+from emorl.policies.loading import read_config, read_model, read_tokenizer
 from emorl.runs.layout import CHECKPOINTS, MODEL
 from emorl.runs.progress import Bar, Progress
 from emorl.runs.results import RewardResult
@@ -126,34 +125,26 @@ def _is_pairwise(experiment: RewardExperiment) -> bool:
     """Whether trl's RewardTrainer does the training."""
     if experiment.loss != "ranking" or experiment.pointwise > 0:
         return False
-    try:
-        kind = type(AutoConfig.from_pretrained(experiment.model))
-    except (OSError, ValueError) as error:
-        raise _no_model(experiment, error) from None
+    kind = type(read_config(experiment.model, "model"))
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
-
-
-def _no_model(experiment: RewardExperiment, error: Exception) -> UserError:
-    return UserError(f"model {experiment.model!r} cannot be loaded: {str(error).splitlines()[0]:.300}")
 
 
 def _load(experiment: RewardExperiment, names: Sequence[str]) -> tuple[Any, Any]:
     problem = "single_label_classification" if experiment.loss == "classification" else "multi_label_classification"
     torch.manual_seed(experiment.seed)  # of the new head
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(experiment.model)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            experiment.model,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-            problem_type=problem,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a reward model may begin as another one
-            **{"dtype": torch.float32, **experiment.model_options},
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise _no_model(experiment, error) from None
+    tokenizer = read_tokenizer(experiment.model, "model")
+    model = read_model(
+        AutoModelForSequenceClassification,
+        experiment.model,
+        "model",
+        is_new=_is_head,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        problem_type=problem,
+        **{"dtype": torch.float32, **experiment.model_options},
+    )
+    model.requires_grad_(True)
     if experiment.frozen_layers:
         _freeze_in_place(model, experiment.frozen_layers)
     tokenizer.model_max_length = experiment.max_tokens
@@ -161,6 +152,11 @@ def _load(experiment: RewardExperiment, names: Sequence[str]) -> tuple[Any, Any]
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # a decoder's last token is the last that is not padding
     return model, tokenizer
+
+
+def _is_head(model: Any, tensor: str) -> bool:
+    """What stands behind the language model: a reward model may begin as one, or as another reward model."""
+    return not tensor.startswith(f"{model.base_model_prefix}.") or "pooler." in tensor
 
 
 def _freeze_in_place(model: Any, layers: int) -> None:

@@ -682,7 +682,7 @@ def test_a_local_judge_remembers_pickles_small_and_wants_probability_on_answers(
 
 
 def test_a_local_model_must_be_there_and_chat(local, tmp_path, make_causal_model, tokenizer):
-    with pytest.raises(UserError, match=r"judge model '.*nothing' cannot be loaded"):
+    with pytest.raises(UserError, match=r"judge model '.*nothing': neither a folder here nor a model on the hub"):
         score(local(model=str(tmp_path / "nothing")), "a")
     make_causal_model("llama").save_pretrained(tmp_path / "mute")
     tokenizer.save_pretrained(tmp_path / "mute")

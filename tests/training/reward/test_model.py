@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,7 +251,7 @@ def test_groups_are_never_split_and_never_compared_with_others(make):
         ({"data": {"path": "nowhere.jsonl"}}, "no such file"),
         ({"training": {"learning_rat": 1}}, "unknown key 'training.learning_rat' .*did you mean 'learning_rate'"),
         ({"training": {"seed": 1}}, "training.seed is set by emorl"),
-        ({"model": "/nowhere"}, "model '/nowhere' cannot be loaded"),
+        ({"model": "/nowhere"}, "model '/nowhere': neither a folder here nor a model on the hub"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_says_what_to_do(make, tmp_path, change, message, capsys):
@@ -261,6 +262,30 @@ def test_a_wrong_file_is_one_line_that_says_what_to_do(make, tmp_path, change, m
     error = capsys.readouterr().err.strip()
     assert re.search(message, error), error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_a_ranking_without_two_grades_in_a_group_is_refused_before_the_model_loads(make, tmp_path, which):
+    experiment = make("ranking", "grade", model="/nowhere")
+    equal, graded = [0, 0, 0], [0, 1, 0.5]
+    grades = {"training": equal, "validation": equal} | (
+        {"validation": graded} if which == "training" else {"training": graded}
+    )
+    for file in ("training", "validation"):
+        rows = [
+            {"prompt": f"{file} {group}", "response": f"r{i}", "grade": grades[file][i]} for group in "ab" for i in range(3)
+        ]
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = replace(experiment.data, path=f"{tmp_path}/training.jsonl", validation_path=f"{tmp_path}/validation.jsonl")
+    with pytest.raises(UserError, match=rf"no group of its 6 {which} rows has two different grades.*or loss: regression"):
+        load_graded(replace(experiment, data=data))
+
+
+def test_an_adapter_is_no_model_to_begin_with(make, make_causal_model, write_adapter, tokenizer, tmp_path):
+    folder = write_adapter(make_causal_model(), tmp_path / "adapter")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="is a LoRA adapter, no model; name the base"):
+        train_reward(make("regression", "grade", model=str(folder)))
 
 
 def test_a_ranking_takes_one_label():
