@@ -16,6 +16,9 @@ from emorl.policies.conversation import as_prompt
 
 logger = logging.getLogger(__name__)
 
+_TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images")
+"""what reward functions get beside the data's columns, and what would make a prompt more than text"""
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -94,24 +97,44 @@ def _unique(rows: Dataset, config: DataConfig, path: str, seen: set[str]) -> Dat
         raise UserError(f"{path} is empty; it needs at least one prompt")
     if column not in rows.column_names:
         raise UserError(f"{path} has no column {column!r} (data.prompt_column); {nearest(column, rows.column_names)}")
+    for name in rows.column_names:
+        if name in _TAKEN and name != column:
+            raise UserError(f"{path} has a column {name!r}, which is what TRL hands to reward functions itself; rename it")
+    prompts = [_read_prompt(prompt, f"{path}, row {index}, column {column!r}") for index, prompt in enumerate(rows[column], 1)]
     keep = []
-    for index, prompt in enumerate(rows[column]):
-        text = _check_prompt(prompt, f"{path}, row {index + 1}, column {column!r}")
+    for index, prompt in enumerate(prompts):
+        text = repr(prompt)
         if text not in seen:
             seen.add(text)
             keep.append(index)
     if len(keep) < len(rows):
         logger.info("%s: %d of %d prompts are repeated and were left out", path, len(rows) - len(keep), len(rows))
-    return rows.select(keep)
+    columns = {name: rows[name] for name in rows.column_names if name != column}
+    return Dataset.from_dict({column: prompts, **columns}).select(keep)
 
 
-def _check_prompt(prompt: Any, where: str) -> str:
-    """The prompt as one text for comparison; text and conversations pass."""
+def _read_prompt(prompt: Any, where: str) -> Any:
+    """A text as it is, a conversation with a role and a text in each turn; parts of a typed content become one text."""
     if isinstance(prompt, str) and prompt.strip():
         return prompt
-    if isinstance(prompt, list) and prompt and all(isinstance(turn, Mapping) and "content" in turn for turn in prompt):
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    if isinstance(prompt, list) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
+        return [_read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(prompt, 1)]
     raise UserError(f"{where}: expected a text or a list of role/content turns, got {prompt!r:.60}")
+
+
+def _read_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or not role:
+        raise UserError(f"{where}: expected a role such as user, got {role!r:.60} in {dict(turn)!r:.80}")
+    if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
+        kinds = {part.get("type"): None for part in content if part.get("type") != "text"}
+        if kinds:
+            raise UserError(f"{where}: content of type {next(iter(kinds))!r}; only text can be read")
+        content = "".join(str(part.get("text") or "") for part in content)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: expected a text as content, got {content!r:.60}")
+    rest = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
+    return {"role": role, "content": content, **rest}
 
 
 def _render_column(rows: Dataset, config: DataConfig, conversational: bool) -> Dataset:

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
+from emorl.config.data import DataConfig
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
 from emorl.config.objects import TextOrObject, is_object, short_form
@@ -63,34 +64,6 @@ class BaseConfig:
             raise ValueError(f"base.{given[0]}: the model given is loaded already; load it so, or give its folder or hub id")
         if self.quantization is not None and isinstance(self.model, str) and self.model.endswith(".gguf"):
             raise ValueError("base.quantization: a GGUF file is unpacked while loading; quantise the model that it was made of")
-
-
-@dataclass(frozen=True, config=_strict)
-class DataConfig:
-    path: TextOrObject
-    """prompts: a csv, json, jsonl or parquet file, or a data set's hub id; in Python also a `datasets.Dataset`. `data: X` alone
-    is short for it"""
-    split: str = "train"
-    """split of a hub data set"""
-    prompt_column: str = "prompt"
-    """column with the prompts: text, or a conversation in TRL's format; other columns reach the objectives"""
-    system_prompt: str | None = None
-    """put before every text prompt as a system turn (chat models only)"""
-    validation: int = Field(default=32, ge=2)
-    """prompts kept for validation while training and for the search"""
-    test: int = Field(default=32, ge=2)
-    """prompts kept for the final comparison; neither training nor search sees them"""
-    seed: int | None = None
-    """seed of the splits; the experiment's by default. `emorl compare` keeps it while it varies the others"""
-    validation_path: TextOrObject | None = None
-    """a file or hub id of its own for the validation prompts"""
-    test_path: TextOrObject | None = None
-    """a file or hub id of its own for the test prompts"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return value if isinstance(value, cls) else short_form("path", value)
 
 
 @dataclass(frozen=True, config=_strict)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from emorl.config import UserError, nearest
 
 Settings = TypeVar("Settings")
 
-REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, re.error)
 """what libraries raise where a setting is of no use to them"""
 
 
@@ -68,6 +69,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     try:
         read = TypeAdapter(kind, config=_config_of(kind)).validate_python(value)
     except ValidationError:
+        if isinstance(value, str) and any(value.startswith(family) for family in _families(kind)):
+            return value
         raise UserError(expected) from None
     if isinstance(read, float) and not math.isfinite(read):
         raise UserError(f"{where}: expected a finite number, got {read}")
@@ -77,6 +80,11 @@ def _read(value: Any, kind: Any, where: str) -> Any:
 def _config_of(kind: Any) -> ConfigDict | None:
     """pydantic takes none beside the config of a dataclass."""
     return None if dataclasses.is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True)
+
+
+def _families(kind: Any) -> list[str]:
+    """What texts may begin with: PEFT writes `pissa_niter_[number of iters]` for all that begin alike."""
+    return [part.partition("[")[0] for part in _inside(kind) if isinstance(part, str) and part.endswith("]")]
 
 
 def _inside(kind: Any) -> list[Any]:

@@ -126,6 +126,7 @@ class DynamicEnsemble:
             "top_k": models.top_k,
             "agent": _with_references(self.chooser.config, _AGENT_PLACES, directory),
             "system_prompt": models.system_prompt,
+            "chat_template_kwargs": models.chat_template_kwargs,
             "span": self.span,
             "turns": self.turns,
             "decoding": asdict(self.decoding),
@@ -151,6 +152,7 @@ class DynamicEnsemble:
             content["vocabulary"],
             content["top_k"],
             content["system_prompt"],
+            content.get("chat_template_kwargs"),
         )
         engine = load_engine(models)
         config = AgentConfig(**_with_places(content["agent"], _AGENT_PLACES, directory))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from emorl.config import UserError
 from emorl.config.experiment import BaseConfig
@@ -19,6 +19,7 @@ class Models:
         base: of the adapters; whole models are loaded as it is, each from its own place.
         vocabulary, top_k: how whole models are mixed, as in `DynamicConfig`.
         system_prompt: with which the adapters are asked.
+        chat_template_kwargs: what the chat templates are told.
     """
 
     places: Mapping[str, str]
@@ -26,6 +27,7 @@ class Models:
     vocabulary: Literal["top_k", "full"] = "top_k"
     top_k: int = 10
     system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     @property
     def share_base(self) -> bool:

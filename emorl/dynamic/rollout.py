@@ -11,7 +11,7 @@ from torch import Tensor
 from emorl.dynamic.agents.agent import SpanAgent
 from emorl.dynamic.agents.observation import Situation, WeightChooser
 from emorl.dynamic.engines.engine import Decoding, Engine
-from emorl.policies.conversation import as_completion
+from emorl.policies.conversation import answer_in, as_completion
 
 Turns = Literal["last", "all"]
 Span = int | Literal["turn"]
@@ -103,7 +103,8 @@ def write(
         asked = [_with_history(histories[row], questions[row][turn]) for row in rows]
         decoding_now = replace(decoding, seed=decoding.seed + 7919 * turn)
         answers = _write_turn(engine, asked, rows, chooser, decoding_now, length, turn, [seeds[row] for row in rows], found)
-        for row, prompt, (text, tokens, weights) in zip(rows, asked, answers, strict=True):
+        for row, prompt, (written, tokens, weights) in zip(rows, asked, answers, strict=True):
+            text = answer_in(written, decoding.after)
             found.answers.append(Answer(row, turn, prompt, text, tokens, weights))
             if not isinstance(prompt, str):
                 histories[row] = [*prompt, as_completion(prompt, text)[0]]

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from emorl.config import UserError, nearest
 from emorl.evaluation.memo import ScoreMemo
 from emorl.evaluation.perplexity import mean_perplexities
 from emorl.evaluation.text_metrics import (
@@ -24,8 +23,9 @@ from emorl.evaluation.text_metrics import (
     words_deviation,
 )
 from emorl.objectives.loading import Objective
-from emorl.policies.conversation import as_completion, prompt_text
-from emorl.policies.prompts import decode, encode
+from emorl.policies.conversation import answer_in, as_completion, prompt_text
+from emorl.policies.generation import asked_for
+from emorl.policies.prompts import answers_begin_after, check_fits, decode, encode
 from emorl.runs.run import Cost
 
 
@@ -41,24 +41,6 @@ class Evaluation:
     cost: Cost
 
 
-def check_generation(generation: Mapping[str, Any], where: str = "generation") -> None:
-    """Refuses settings that transformers' `generate()` would refuse after the models are loaded.
-
-    Args:
-        where: the settings' block, for the message.
-
-    Raises:
-        UserError: an unknown setting, or an impossible value.
-    """
-    config = GenerationConfig()
-    try:
-        unknown = config.update(**generation)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]:.300}") from None
-    for name in unknown:
-        raise UserError(f"{where}: unknown setting {name!r}; {nearest(name, config.to_dict())}")
-
-
 @torch.no_grad()
 def generate(
     model: Any,
@@ -71,7 +53,8 @@ def generate(
     seed: int = 0,
     per_prompt: Mapping[str, torch.Tensor] | None = None,
 ) -> pd.DataFrame:
-    """Completions of every prompt, `samples` each: columns prompt_index, sample, prompt, completion, tokens.
+    """Completions of every prompt, `samples` each: columns prompt_index, sample, prompt, completion, tokens; where answers
+    begin behind a mark (`data.after`), completion is what comes behind it and `generated` the whole text.
 
     The random state is set from `seed` before every batch, so candidates compared on the same prompts share their random
     numbers; the caller's random state is left as it was.
@@ -90,8 +73,9 @@ def generate(
             part = repeated[start : start + batch]
             inputs = encode(tokenizer, [prompts[index] for index, _ in part]).to(model.device)
             rows_of = [index for index, _ in part]
+            check_fits(model.config, inputs["input_ids"].shape[1], generation.get("max_new_tokens"), prompts[rows_of[-1]])
             extra = {name: values[rows_of].to(model.device) for name, values in (per_prompt or {}).items()}
-            output = model.generate(**inputs, **generation, **extra)
+            output = model.generate(**inputs, **generation, **asked_for(generation, tokenizer), **extra)
             before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # start token, or the prompt
             completion_ids = output[:, before:]  # (B, T)
             rows.append(completions_table(tokenizer, prompts, part, completion_ids))
@@ -108,13 +92,14 @@ def completions_table(
     """
     pad: Any = tokenizer.pad_token_id
     lengths = completion_ids.ne(pad).sum(1).tolist()
-    texts = decode(tokenizer, completion_ids)
+    texts, after = decode(tokenizer, completion_ids), answers_begin_after(tokenizer)
     return pd.DataFrame(
         {
             "prompt_index": [index for index, _ in order],
             "sample": [sample for _, sample in order],
             "prompt": [prompt_text(prompts[index]) for index, _ in order],
-            "completion": texts,
+            "completion": [answer_in(text, after) for text in texts],
+            **({} if after is None else {"generated": texts}),
             "tokens": lengths,
         }
     )

@@ -218,8 +218,8 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
         if not isinstance(patterns, dict):
             raise UserError(f"{file}: expected {pattern_key} to map modules to numbers, got {patterns!r:.60}; save it again.")
         for name, value in ((key, config.get(key)), *patterns.items()):
-            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
-            if not is_number or (kind is int and value < 1):
+            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST  # type: ignore[arg-type]
+            if not is_number or (kind is int and value < 1):  # type: ignore[operator]
                 raise UserError(f"{file}: expected a number for {name}, got {value!r:.60}; save the adapter again.")
         for pattern in patterns:
             try:

@@ -26,3 +26,8 @@ def completion_text(completion: Any) -> str:
 def as_completion(prompt: Any, text: str) -> Any:
     """`text` in the format that TRL hands to reward functions beside `prompt`."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def answer_in(text: str, after: str | None) -> str:
+    """What comes behind the last mark `after` of a generated text; nothing where there is no mark, all without `after`."""
+    return text if after is None else text.rpartition(after)[2].strip() if after in text else ""

@@ -73,7 +73,8 @@ def models_of(experiment: Experiment) -> Models:
     if not places:
         folders = Layout(experiment.output, experiment.policies).trained(experiment.policy_names)
         places = {name: str(folder) for name, folder in folders.items()}
-    return Models(places, experiment.base, config.vocabulary, config.top_k, experiment.data.system_prompt)
+    data = experiment.data
+    return Models(places, experiment.base, config.vocabulary, config.top_k, data.system_prompt, data.chat_template_kwargs)
 
 
 def is_enough(experiment: Experiment, result: AgentResult | DynamicResult) -> bool:
@@ -136,7 +137,7 @@ def _setting(materials: Materials) -> "Setting":
     experiment, models = materials.experiment, models_of(materials.experiment)
     splits = materials.splits_as(models.share_base and materials.is_conversational)  # whole models render prompts by themselves
     value = AnswerValue(materials.objectives, Value.of(experiment.value, list(experiment.objectives)))
-    decoding = decoding_of(experiment.generation, experiment.seed)
+    decoding = decoding_of(experiment.generation, experiment.seed, experiment.data.after)
     engine = load_engine(models, materials.base if models.share_base else None)
     return Setting(engine, models, splits, value, decoding, experiment.dynamic, experiment.seed)
 

@@ -49,7 +49,7 @@ def check(experiment: Experiment) -> None:
     from emorl.evaluation.perplexity import check_language_model
 
     check_language_model(experiment.evaluate.perplexity_model)
-    from emorl.evaluation.scoring import check_generation
+    from emorl.policies.generation import check_generation
 
     check_generation(experiment.generation)
 

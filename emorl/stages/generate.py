@@ -121,7 +121,7 @@ def _dynamic_lines(directory: Path, prompts: Sequence[str], wish: Wish, as_json:
     trained, samples = ensemble.decoding, ensemble.decoding.temperature > 0
     generation = {"max_new_tokens": trained.max_new_tokens, "do_sample": samples}
     sampling = {"temperature": trained.temperature, "top_p": trained.top_p} if samples else {}
-    ensemble.decoding = decoding_of({**generation, **sampling, **wish.generation}, trained.seed)
+    ensemble.decoding = decoding_of({**generation, **sampling, **wish.generation}, trained.seed, trained.after)
     for prompt in prompts:
         [answer] = ensemble.generate([prompt], seeds=[0])
         weights = [dict(zip(ensemble.engine.names, row, strict=True)) for row in answer.weights]
@@ -188,14 +188,16 @@ def _of_policy(folder: Path, wish: Wish, progress: Progress) -> _Speaker:
     trained_on = read_adapter(folder).base_name
     if experiment is None and trained_on is None:
         raise UserError(f"the adapter in {folder} does not say which base it belongs to: base_model_name_or_path, in {ADAPTER}")
-    base = load_base(BaseConfig(model=str(trained_on)) if experiment is None else experiment.base)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    alone = BaseConfig(model=str(trained_on), tokenizer=own)
+    base = load_base(alone) if experiment is None else Materials(experiment).base
     ensemble = HiddenStateEnsemble(base.model, read_policies({"policy": folder}, base), [1.0])
     return _Speaker(ensemble, base.tokenizer, described, **settings)
 
 
 def _settings(experiment: Experiment | None, wish: Wish) -> dict[str, Any]:
     """How the experiment's policies decode, as the user changed it; checked before a model loads."""
-    from emorl.evaluation.scoring import check_generation
+    from emorl.policies.generation import check_generation
 
     generation = {**(_DEFAULT_GENERATION if experiment is None else experiment.generation), **wish.generation}
     check_generation(generation)
@@ -224,9 +226,16 @@ def command(options: argparse.Namespace) -> None:
         parse_numbers("--prefer", options.prefer), parse_numbers("--weights", options.weights), _generation(options.overrides)
     )
     check(options.directory, wish)  # before it waits for prompts
-    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = options.prompt or _lines_of_standard_input()
     for line in generate_lines(options.directory, prompts, wish, Console(), as_json=options.json):
         print(line, flush=True)
+
+
+def _lines_of_standard_input() -> list[str]:
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is no UTF-8 text ({error}); give prompts as text, one a line") from None
 
 
 def _generation(overrides: Sequence[str]) -> dict[str, Any]:

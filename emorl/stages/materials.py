@@ -56,8 +56,38 @@ class Materials:
 
     @property
     def splits(self) -> "Splits":
-        """Training, validation and test prompts."""
-        return self.splits_as(self.is_conversational)
+        """Training, validation and test prompts, which the base's template takes and which fit into the base.
+
+        Raises:
+            UserError: one that does not.
+        """
+        splits = self.splits_as(self.is_conversational)
+        return self._once("prompts that fit", self._asked, lambda: self._checked(splits))
+
+    def _checked(self, splits: "Splits") -> "Splits":
+        from emorl.policies.base import config_of, load_tokenizer
+        from emorl.policies.prompts import check_prompts
+
+        tokenizer, new_tokens = (
+            self._prepared(load_tokenizer(self.experiment.base)),
+            self.experiment.generation.get("max_new_tokens"),
+        )
+        for part in (splits.train, splits.validation, splits.test):
+            check_prompts(tokenizer, config_of(self.experiment.base), part["prompt"], new_tokens)
+        return splits
+
+    @property
+    def _asked(self) -> list[Any]:
+        """What prompts and answers depend on beside the data: the base, and how it is asked and read."""
+        data, generation = self.experiment.data, self.experiment.generation
+        named = [as_mapping(block, _in_memory) for block in (self.experiment.base, data)]
+        return [*named, data.seed or self.experiment.seed, generation.get("max_new_tokens")]
+
+    def _prepared(self, tokenizer: Any) -> Any:
+        """The same tokenizer, which asks and reads as `data` says."""
+        from emorl.policies.prompts import prepare_tokenizer
+
+        return prepare_tokenizer(tokenizer, self.experiment.data.chat_template_kwargs, self.experiment.data.after)
 
     def splits_as(self, conversational: bool) -> "Splits":
         """The prompts as conversations, or as they are."""
@@ -83,15 +113,20 @@ class Materials:
     @property
     def base(self) -> "Base":
         """The model that policies share, as it is; what changes it takes `own_base()`."""
-        from emorl.policies.base import load_base
-
-        return self._once("base", self.experiment.base, lambda: load_base(self.experiment.base))
+        data = self.experiment.data
+        asked = [as_mapping(self.experiment.base, _in_memory), data.chat_template_kwargs, data.after]
+        return self._once("base", asked, lambda: self._load_base(is_changed=False))
 
     def own_base(self) -> "Base":
         """The base loaded anew, for a stage that changes it."""
+        return self._load_base(is_changed=True)
+
+    def _load_base(self, *, is_changed: bool) -> "Base":
         from emorl.policies.base import load_base
 
-        return load_base(self.experiment.base, is_changed=True)
+        base = load_base(self.experiment.base, is_changed)
+        self._prepared(base.tokenizer)
+        return base
 
     @property
     def policies(self) -> "dict[str, Adapter]":

@@ -44,7 +44,7 @@ def check(experiment: Experiment) -> None:
     from emorl.objectives.loading import check_objectives
 
     check_objectives(experiment.objectives)
-    from emorl.evaluation.scoring import check_generation
+    from emorl.policies.generation import check_generation
 
     check_generation(generation_of(experiment))
 

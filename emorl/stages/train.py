@@ -51,7 +51,7 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
     from emorl.objectives.loading import check_objectives
 
     check_objectives(experiment.objectives)
-    from emorl.evaluation.scoring import check_generation
+    from emorl.policies.generation import check_generation
 
     check_generation(experiment.generation)
     if experiment.policies is not None:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emorl.objectives.loading import Objective
+from emorl.policies.conversation import answer_in, as_completion, completion_text
 from emorl.runs.progress import Bar
 from emorl.runs.run import Cost, Run
 
@@ -124,9 +125,10 @@ class RewardCounter:
     """The objective's rewards (of log scores where its scale says so) as TRL's reward function, counting what is scored; all
     processes of a distributed run are counted. Of several that score the same completions, the `first` counts these."""
 
-    def __init__(self, objective: Objective, cost: CostCallback, first: bool = True) -> None:
+    def __init__(self, objective: Objective, cost: CostCallback, first: bool = True, after: str | None = None) -> None:
+        """`after` is the mark behind which answers begin, which alone are scored."""
         self.__name__ = objective.name
-        self._objective, self._cost, self._first = objective, cost, first
+        self._objective, self._cost, self._first, self._after = objective, cost, first, after
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
@@ -140,6 +142,9 @@ class RewardCounter:
                 tokens=sum(map(len, completion_ids)) * processes,
             )
         self._cost.add(cost)
+        if self._after is not None:
+            texts = [answer_in(completion_text(completion), self._after) for completion in completions]
+            completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         scores = self._objective(prompts, completions, completion_ids=completion_ids, **columns)
         return self._objective.rewards(scores)
 

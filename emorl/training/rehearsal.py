@@ -12,25 +12,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    T5Config,
-    T5ForConditionalGeneration,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import GRPOConfig, GRPOTrainer
 
 from emorl.config import UserError
 from emorl.config.library import REFUSALS, refused
+from emorl.policies.tiny import WORDS, tiny_model, tiny_tokenizer
 from emorl.training.scst import SCSTConfig, SCSTTrainer
 
-_WORDS = ["<pad>", "<end>", "<unknown>", "a", "b", "c"]
 _ALONE = {
     "max_steps": 1,
     "report_to": [],
@@ -106,11 +96,11 @@ def _steps(kind: type[GRPOConfig] | type[SCSTConfig], alone: _Alone) -> int:
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         alone.config.output_dir = folder
         trainer = trainer_kind(
-            model=_tiny_model(encoder_decoder=kind is SCSTConfig),
+            model=tiny_model(encoder_decoder=kind is SCSTConfig),
             reward_funcs=[_reward] * len(alone.config.reward_weights or [1.0]),
             args=alone.config,
-            train_dataset=Dataset.from_dict({"prompt": _WORDS[3:] * 100}),
-            processing_class=_tiny_tokenizer(),
+            train_dataset=Dataset.from_dict({"prompt": list(WORDS) * 100}),
+            processing_class=tiny_tokenizer(),
             peft_config=LoraConfig(
                 r=1, task_type="SEQ_2_SEQ_LM" if kind is SCSTConfig else "CAUSAL_LM", target_modules="all-linear"
             ),
@@ -122,20 +112,3 @@ def _steps(kind: type[GRPOConfig] | type[SCSTConfig], alone: _Alone) -> int:
 
 def _reward(completions: list[Any], **columns: Any) -> list[float]:
     return [float(index % 2) for index in range(len(completions))]
-
-
-def _tiny_model(*, encoder_decoder: bool) -> PreTrainedModel:
-    words = {"vocab_size": len(_WORDS), "pad_token_id": 0, "eos_token_id": 1}
-    if encoder_decoder:
-        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
-        return T5ForConditionalGeneration(T5Config.from_dict({**words, **sizes, "decoder_start_token_id": 0}))
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig.from_dict({**words, **sizes}))
-
-
-def _tiny_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_WORDS)}, unk_token="<unknown>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", padding_side="left"
-    )

@@ -22,10 +22,12 @@ from emorl.config.experiment import BaseConfig, TrainConfig
 from emorl.config.library import library_settings
 from emorl.config.objects import shown_name
 from emorl.data import Splits
-from emorl.evaluation.scoring import check_generation, evaluate, summarize
+from emorl.evaluation.scoring import evaluate, summarize
 from emorl.objectives.loading import Objective
 from emorl.policies.adapters import base_fingerprint
 from emorl.policies.base import Base, dtype_of, is_encoder_decoder
+from emorl.policies.generation import check_generation
+from emorl.policies.prompts import answers_begin_after
 from emorl.runs.run import Run
 from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
@@ -46,6 +48,7 @@ _SET_BY_EMORL = {
     "reward_weights": "train.mode and train.preferences",
     "multi_objective_aggregation": "train.mode",
     "model_init_kwargs": "base",
+    "chat_template_kwargs": "data.chat_template_kwargs",
 }
 
 TrainerConfig = GRPOConfig | SCSTConfig
@@ -80,7 +83,7 @@ class _ValidatedPolicy:
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             table = evaluate(model, tokenizer, what.data, what.objectives, what.generation, seed=self.args.seed).table
             prompts = [what.data["prompt"][index] for index in table["prompt_index"]]
-            kl = kl_to_base(model, tokenizer, prompts, table["completion"].tolist(), self.ref_model)
+            kl = kl_to_base(model, tokenizer, prompts, table.get("generated", table["completion"]).tolist(), self.ref_model)
         names = [objective.name for objective in what.objectives]
         summary = summarize(table, names)
         found = {key: summary[key] for key in _VALIDATED}
@@ -232,7 +235,8 @@ def build_trainer(
         cost,
     ]
     kind: Any = GRPOPolicyTrainer if isinstance(config, GRPOConfig) else SCSTPolicyTrainer
-    counters = [RewardCounter(objective, cost, first=index == 0) for index, objective in enumerate(objectives)]
+    after = answers_begin_after(base.tokenizer)
+    counters = [RewardCounter(objective, cost, index == 0, after) for index, objective in enumerate(objectives)]
     try:
         trainer = kind(
             validation=Validation(objectives, plan.reward_weights, generation, splits.validation),

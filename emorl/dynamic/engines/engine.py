@@ -34,14 +34,16 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    after: str | None = None
+    """the mark behind which answers begin"""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"Got {self}; expected max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1.")
 
 
-def decoding_of(generation: Mapping[str, Any], seed: int) -> Decoding:
-    """A `Decoding` from transformers' generation settings.
+def decoding_of(generation: Mapping[str, Any], seed: int, after: str | None = None) -> Decoding:
+    """A `Decoding` from transformers' generation settings, and the mark behind which answers begin.
 
     Raises:
         UserError: a setting that a dynamic ensemble does not know, such as beams.
@@ -61,6 +63,7 @@ def decoding_of(generation: Mapping[str, Any], seed: int) -> Decoding:
             float(generation.get("temperature", 1.0)) if samples else 0.0,
             float(generation.get("top_p", 1.0)) if samples else 1.0,
             seed,
+            after,
         )
     except ValueError as error:
         raise UserError(f"generation: {error}") from None

@@ -11,6 +11,7 @@ from emorl.dynamic.engines.stacked import StackedEngine
 from emorl.dynamic.engines.union import UnionEngine
 from emorl.dynamic.models import Models
 from emorl.policies.base import Base, is_encoder_decoder, load_base, read_policies
+from emorl.policies.prompts import is_chat, prepare_tokenizer
 
 
 def load_engine(models: Models, base: Base | None = None) -> Engine:
@@ -25,9 +26,12 @@ def load_engine(models: Models, base: Base | None = None) -> Engine:
     try:
         if models.share_base:
             base = base or load_base(models.base)
+            prepare_tokenizer(base.tokenizer, models.chat_template_kwargs, None)
             policies = read_policies({name: Path(place) for name, place in models.places.items()}, base)
             return StackedEngine(HiddenStateEnsemble(base.model, policies), base.tokenizer)
         loaded = [load_base(_whole(models, place)) for place in models.places.values()]
+        for each in filter(lambda each: is_chat(each.tokenizer), loaded):
+            prepare_tokenizer(each.tokenizer, models.chat_template_kwargs, None)
         return UnionEngine(
             [each.model for each in loaded],
             [each.tokenizer for each in loaded],

@@ -12,8 +12,8 @@ from emorl.objectives.rules.numeric_answer import last_number, reference_number
 SIZE = 100_000
 HOSTILE = [
     "#", "answer is ", "answer is 1.", "1", "1,", "1 ", "1 000 ", "1/", "1^", "1e", ".1", "=1", "- 1 ", "-", "$", "_", "{",
-    "\\frac{", "\\boxed", "x+1", " ", "\n", "A,", "A ", "(", "A)", "A(((((((", "answer is (", "A. ", "not ", "B is ", "(a)", "> ",
-    "*", "answer: \n", "\n(((((((", "\nA.......", "A is not ", "the ", "<think>", "</think>", "`", "答案是",
+    "\\frac{", "\\boxed", "x+1", " ", "\n", "A,", "A ", "(", "A)", "A(((((((", "answer is (", "A. ", "not ", "B is ", "(a)",
+    "> ", "*", "answer: \n", "\n(((((((", "\nA.......", "A is not ", "the ", "<think>", "</think>", "`", "答案是",
 ]  # fmt: skip
 READERS = {
     "last_number": last_number,
