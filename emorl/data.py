@@ -85,7 +85,7 @@ def read_table(path: Any, split: str = "train") -> Dataset:
         raise UserError(f"data set {path!r} is neither a file here nor found on the hub: {error}") from None
     except ConnectionError as error:
         raise UserError(f"data set {path!r}: the hub cannot be reached ({error}); give a local file") from None
-    except (ValueError, DatasetGenerationError) as error:
+    except (ValueError, TypeError, DatasetGenerationError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{path} cannot be read as a table: {reason:.200}") from None
 
@@ -100,7 +100,12 @@ def _unique(rows: Dataset, config: DataConfig, path: str, seen: set[str]) -> Dat
     for name in rows.column_names:
         if name in _TAKEN and name != column:
             raise UserError(f"{path} has a column {name!r}, which is what TRL hands to reward functions itself; rename it")
-    prompts = [_read_prompt(prompt, f"{path}, row {index}, column {column!r}") for index, prompt in enumerate(rows[column], 1)]
+    columns = _columns(rows, path)
+    prompts = [
+        _read_prompt(prompt, f"{path}, row {index}, column {column!r}") for index, prompt in enumerate(columns[column], 1)
+    ]
+    if len({type(prompt) for prompt in prompts}) > 1:
+        raise UserError(f"{path}, column {column!r} holds texts and conversations; give one of both")
     keep = []
     for index, prompt in enumerate(prompts):
         text = repr(prompt)
@@ -109,8 +114,15 @@ def _unique(rows: Dataset, config: DataConfig, path: str, seen: set[str]) -> Dat
             keep.append(index)
     if len(keep) < len(rows):
         logger.info("%s: %d of %d prompts are repeated and were left out", path, len(rows) - len(keep), len(rows))
-    columns = {name: rows[name] for name in rows.column_names if name != column}
-    return Dataset.from_dict({column: prompts, **columns}).select(keep)
+    return Dataset.from_dict({**columns, column: prompts}).select(keep)
+
+
+def _columns(rows: Dataset, path: str) -> dict[str, list[Any]]:
+    """All values by column; a text that is none shows only when it is read."""
+    try:
+        return {name: list(rows[name]) for name in rows.column_names}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a table: {error!s:.200}; expected UTF-8") from None
 
 
 def _read_prompt(prompt: Any, where: str) -> Any:

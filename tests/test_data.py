@@ -1,4 +1,5 @@
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -90,3 +91,93 @@ def test_wrong_data_is_one_line_of_advice(tmp_path, name, content, options, mess
 def test_a_system_prompt_without_a_chat_template_is_refused(prompts):
     with pytest.raises(UserError, match="needs a base with a chat template"):
         load_prompts(DataConfig(path=prompts, validation=2, test=2, system_prompt="x"), 0, False)
+
+
+def rows_file(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def turns(*contents, role="user"):
+    return [{"role": role, "content": content} for content in contents]
+
+
+def test_parts_of_a_typed_content_are_one_text_and_what_a_turn_carries_stays(tmp_path):
+    parts = [{"type": "text", "text": "I cannot "}, {"type": "text", "text": "sleep."}]
+    path = rows_file(tmp_path, *({"prompt": [{"role": "user", "content": parts, "name": f"n{i}"}]} for i in range(9)))
+    config = DataConfig(path=str(path), validation=2, test=2)
+    prompt = load_prompts(config, 0, conversational=True).train["prompt"][0]
+    assert [prompt[0]["role"], prompt[0]["content"], prompt[0]["name"][0]] == ["user", "I cannot sleep.", "n"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"content": "hello"}], "row 1, column 'prompt', turn 1: expected a role such as user, got None"),
+        ([{"role": "", "content": "hello"}], "turn 1: expected a role"),
+        ([{"role": 3, "content": "hello"}], "turn 1: expected a role such as user, got 3"),
+        ([{"role": "user"}], "turn 1: expected a text as content, got None"),
+        ([{"role": "user", "content": None}], "turn 1: expected a text as content, got None"),
+        ([{"role": "user", "content": 7}], "turn 1: expected a text as content, got 7"),
+        ([{"role": "user", "content": []}], "turn 1: expected a text as content"),
+        ([{"role": "user", "content": ["a", "b"]}], "turn 1: expected a text as content"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "turn 1: content of type 'image'; only text"),
+        ([{"role": "user", "content": [{"text": "untyped"}]}], "turn 1: content of type None; only text"),
+        ([], r"expected a text or a list of role/content turns, got \[\]"),
+        (["hello"], "expected a text or a list of role/content turns"),
+        ([[{"role": "user", "content": "x"}]], "expected a text or a list of role/content turns"),
+        ({"role": "user", "content": "x"}, "expected a text or a list of role/content turns"),
+        (7, "expected a text or a list of role/content turns, got 7"),
+        (True, "expected a text or a list of role/content turns, got True"),
+        (None, "expected a text or a list of role/content turns, got None"),
+        ("  ", "expected a text or a list of role/content turns, got '  '"),
+    ],
+)
+def test_a_prompt_that_is_none_is_named_by_its_row(tmp_path, prompt, message):
+    path = rows_file(tmp_path, *({"prompt": prompt, "n": i} for i in range(9)))
+    with pytest.raises(UserError, match=message):
+        load_prompts(DataConfig(path=str(path), validation=2, test=2), 0, conversational=True)
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "trainer_state", "log_metric", "image"])
+def test_a_column_that_trl_takes_for_itself_is_refused(tmp_path, name):
+    path = rows_file(tmp_path, *({"prompt": f"say {i}", name: "x"} for i in range(9)))
+    with pytest.raises(UserError, match=f"has a column '{name}', which is what TRL hands to reward functions itself; rename"):
+        load_prompts(DataConfig(path=str(path), validation=2, test=2), 0, conversational=False)
+
+
+def test_the_column_of_prompts_may_be_called_prompts(tmp_path):
+    path = rows_file(tmp_path, *({"prompts": f"say {i}"} for i in range(9)))
+    config = DataConfig(path=str(path), prompt_column="prompts", validation=2, test=2)
+    assert load_prompts(config, 0, conversational=False).train.column_names == ["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin1.jsonl", '{"prompt": "café"}\n'.encode("latin-1") * 9),
+        ("latin1.csv", "prompt\ncafé\n".encode("latin-1")),
+        ("bytes.jsonl", bytes(range(256)) * 4),
+        ("bytes.csv", bytes(range(256)) * 4),
+        ("bytes.parquet", bytes(range(256)) * 4),
+        ("cut.json", b'[{"prompt": "a"}, {"pro'),
+        ("mixed.jsonl", b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n'),
+        ("none.jsonl", b"\n\n"),
+        ("list.jsonl", b"[1, 2]\n[3]\n"),
+        ("text.jsonl", b"hello\nworld\n"),
+        ("nul.csv", b"prompt\n\x00\x00\n"),
+        ("ragged.csv", b'prompt,b\n1,2,3,4\n"open\n'),
+    ],
+)
+def test_a_file_that_is_no_table_is_one_line_with_its_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(name)) as caught:
+        load_prompts(DataConfig(path=str(tmp_path / name), validation=2, test=2), 0, conversational=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    path = tmp_path / "bom.csv"
+    path.write_text("prompt\n" + "\n".join(f"say {i}" for i in range(9)), encoding="utf-8-sig")
+    assert len(load_prompts(DataConfig(path=str(path), validation=2, test=2), 0, conversational=False).train) == 5

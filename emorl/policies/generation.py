@@ -10,10 +10,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from emorl.config import UserError, nearest
 from emorl.config.library import REFUSALS, refused
-from emorl.policies.tiny import WORDS, tiny_model, tiny_tokenizer
+from emorl.policies.tiny import tiny_model, tiny_tokenizer
 
 _VOCABULARY = 2**18  # settings may name tokens of any real tokenizer
 _STEPS = 2
+_LENGTHS = ("max_new_tokens", "min_new_tokens")
 
 
 def check_generation(generation: Mapping[str, Any], where: str = "generation") -> None:
@@ -25,6 +26,9 @@ def check_generation(generation: Mapping[str, Any], where: str = "generation") -
     Raises:
         UserError: an unknown setting, an impossible value, or settings that give no single text for each prompt.
     """
+    for name in _LENGTHS:
+        if type(generation.get(name, 1)) is not int:
+            raise UserError(f"{where}.{name}: expected a whole number, got {generation[name]!r:.60}")
     config = GenerationConfig()
     try:
         unknown = config.update(**generation)
@@ -52,9 +56,8 @@ def asked_for(generation: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 
 def _shortened(generation: Mapping[str, Any]) -> dict[str, int]:
-    """Lengths for a trial: a token or two; wrong ones stay."""
-    lengths = {name: generation[name] for name in ("max_new_tokens", "min_new_tokens") if name in generation}
-    return {name: min(value, _STEPS) if type(value) is int else value for name, value in lengths.items()}
+    """Lengths for a trial: a token or two."""
+    return {name: min(generation[name], _STEPS) for name in _LENGTHS if name in generation}
 
 
 @functools.cache
@@ -63,7 +66,7 @@ def _tried(settings: str) -> int:
     generation, tokenizer = json.loads(settings), tiny_tokenizer()
     with torch.random.fork_rng():
         model: Any = _model()
-        inputs = tokenizer([" ".join(WORDS)], return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(["abc"], return_tensors="pt", return_token_type_ids=False)
         output = model.generate(**inputs, **{"max_new_tokens": _STEPS, **generation}, **asked_for(generation, tokenizer))
     return len(output) if torch.is_tensor(output) else 0
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -12,8 +12,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-WORDS = ("a", "b", "c")
-_TOKENS = ("<pad>", "<end>", "<unknown>", *WORDS)
+_TOKENS = ("<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
 
 
 def tiny_model(*, encoder_decoder: bool = False, vocabulary: int = len(_TOKENS)) -> PreTrainedModel:
@@ -31,8 +30,9 @@ def tiny_model(*, encoder_decoder: bool = False, vocabulary: int = len(_TOKENS))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Of `WORDS`."""
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_TOKENS)}, unk_token="<unknown>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    names: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unknown>"}
+    """Of bytes."""
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(_TOKENS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "<end>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from emorl.config import UserError
 from emorl.config.library import REFUSALS, refused
-from emorl.policies.tiny import WORDS, tiny_model, tiny_tokenizer
+from emorl.policies.tiny import tiny_model, tiny_tokenizer
 from emorl.training.scst import SCSTConfig, SCSTTrainer
 
 _ALONE = {
@@ -99,7 +99,7 @@ def _steps(kind: type[GRPOConfig] | type[SCSTConfig], alone: _Alone) -> int:
             model=tiny_model(encoder_decoder=kind is SCSTConfig),
             reward_funcs=[_reward] * len(alone.config.reward_weights or [1.0]),
             args=alone.config,
-            train_dataset=Dataset.from_dict({"prompt": list(WORDS) * 100}),
+            train_dataset=Dataset.from_dict({"prompt": ["abc"] * 300}),
             processing_class=tiny_tokenizer(),
             peft_config=LoraConfig(
                 r=1, task_type="SEQ_2_SEQ_LM" if kind is SCSTConfig else "CAUSAL_LM", target_modules="all-linear"
