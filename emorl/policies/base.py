@@ -22,6 +22,7 @@ from emorl.config.experiment import BaseConfig
 from emorl.config.objects import is_object
 from emorl.policies.adapters import Adapter, read_adapter
 from emorl.policies.loading import read_config, read_model, read_tokenizer
+from emorl.policies.placement import shared_with_copies
 
 _WHAT = "base.model"
 
@@ -48,8 +49,7 @@ def load_base(config: BaseConfig, is_changed: bool = False) -> Base:
     """
     tokenizer = load_tokenizer(config)
     if is_object(config.model):
-        tensors = [] if is_changed else [*config.model.parameters(), *config.model.buffers()]
-        copied = deepcopy(config.model, {id(tensor): tensor for tensor in tensors})
+        copied = deepcopy(config.model, {} if is_changed else shared_with_copies(config.model))
         return Base((copied.requires_grad_(False) if is_changed else copied).eval(), tokenizer)
     return Base(load_model(config), tokenizer, config.trust_remote_code)
 

@@ -123,10 +123,11 @@ def _fault(place: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"it comes with code of its own; read that code, then say trust_remote_code: true ({reason})"
     settings = sorted(Path(place).glob("*.json")) if is_folder else []
+    damaged = [file.name for file in settings if not _is_json(file)]
+    if damaged:
+        return f"{', '.join(damaged)} is no valid JSON ({reason}); fetch or save it anew"
     if settings or os.path.isfile(place):
-        damaged = [file.name for file in settings if not _is_json(file)]
-        files = f"{', '.join(damaged)} is no valid JSON" if damaged else "its files cannot be read"
-        return f"{files} ({reason}); fetch or save it anew"
+        return f"transformers cannot load it ({reason}); fetch or save its files anew, or change the settings beside it"
     return f"{'the folder holds no model' if is_folder else 'neither a folder here nor a model on the hub'} ({reason})"
 
 
