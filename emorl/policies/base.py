@@ -1,6 +1,8 @@
 """The base model with its tokenizer, loaded as the block `base` says, and the policies trained on it."""
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -89,7 +91,10 @@ def dtype_of(config: BaseConfig) -> torch.dtype:
 def _quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
     if config.quantization is None:
         return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("base.quantization needs bitsandbytes: pip install 'emorl[quantised]'")
     if config.quantization.bits == 8:
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns at every product
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of(config))
 

@@ -3,6 +3,7 @@
 Whatever their files make transformers raise becomes one line that names the model and the file.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -91,6 +92,8 @@ def _where(place: str) -> dict[str, str]:
     """The arguments of `from_pretrained` that name a folder, a hub id, or a GGUF file in one."""
     folder, _, file = place.rpartition("/")
     if place.endswith(GGUF):
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError("a GGUF file needs the package gguf: pip install 'emorl[gguf]'")
         return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
     return {"pretrained_model_name_or_path": place}
 
