@@ -84,7 +84,7 @@ def read_model(
                 "fetch or convert it anew"
             )
     if place.endswith(GGUF):
-        _forget_packing(model, place)
+        model.name_or_path = model.config.name_or_path = place  # transformers names the folder, which may hold others
     return model.eval().requires_grad_(False)
 
 
@@ -102,13 +102,6 @@ def _refuse_adapter(place: str, what: str) -> None:
     """transformers would load the base that the adapter names, and the adapter on it."""
     if os.path.isfile(os.path.join(place, ADAPTER)):  # pathlib raises where a name is too long for a file
         raise UserError(f"{what} {place!r} is a LoRA adapter, no model; name the base that it was trained on instead")
-
-
-def _forget_packing(model: Any, place: str) -> None:
-    """An unpacked model is an ordinary one that can be trained and saved, and its file is its name."""
-    model.is_quantized, model.hf_quantizer = False, None
-    del model.config.quantization_config
-    model.name_or_path = model.config.name_or_path = place
 
 
 @contextmanager
