@@ -8,6 +8,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emorl.config import UserError
+
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a layer computes: where it lies, or where an offloaded one is brought for its forward."""
@@ -20,6 +22,15 @@ def device_of(module: nn.Module) -> torch.device:
 def input_device(model: Any) -> torch.device:
     """Where a model takes its tokens."""
     return device_of(model.get_input_embeddings()) if model.device.type == "meta" else model.device
+
+
+def check_in_memory(model: nn.Module, what: str) -> None:
+    """Refuses a base with offloaded layers for what changes it: UserError, with what that is."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"base.device_map: {what} needs the whole base on GPUs, or all in the CPU's memory, and some of its layers are "
+            "offloaded; take more GPUs, a smaller base, or base.quantization"
+        )
 
 
 def parameters_in_memory(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """A base of which layers lie on disk or apart in the CPU's memory gives the same tokens, and is the same base."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from emorl.aggregation.trie import TrieDecoder
 from emorl.config import UserError
 from emorl.config.experiment import BaseConfig
 from emorl.evaluation.scoring import generate
+from emorl.fusion.loaded import loaded_adapters
 from emorl.policies.adapters import base_fingerprint, read_adapter
-from emorl.policies.base import load_base
+from emorl.policies.base import Base, load_base
+from emorl.training.trainers import build_trainer
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 ON_DISK = {
@@ -114,6 +117,19 @@ def test_evaluation_and_a_saved_ensemble_take_it(apart, whole, paths, tokenizer,
     loaded = HiddenStateEnsemble.from_pretrained(tmp_path / "saved", base=apart)
     mixed = generate(HiddenStateEnsemble(whole, adapters(paths)), tokenizer, prompts, GREEDY)["completion"].tolist()
     assert generate(loaded, tokenizer, prompts, GREEDY)["completion"].tolist() == mixed
+
+
+def test_what_changes_the_base_refuses_one_that_is_offloaded(apart, whole, paths, tokenizer):
+    match = r"base\.device_map: .* some of its layers are offloaded"
+    with pytest.raises(UserError, match=match):
+        loaded_adapters(apart, list(adapters(paths).values()))
+    everything: Any = None
+    with pytest.raises(UserError, match=f"{match}.*or base.quantization"):
+        build_trainer(
+            everything, everything, everything, everything, base=Base(apart, tokenizer), splits=everything, objectives=[],
+            generation={}, run=everything,
+        )  # fmt: skip
+    assert loaded_adapters(whole, list(adapters(paths).values())).names
 
 
 @pytest.mark.parametrize(

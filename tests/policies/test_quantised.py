@@ -19,6 +19,7 @@ from emorl.config.experiment import (
     QuantizationConfig,
     TrainConfig,
 )
+from emorl.fusion.loaded import loaded_adapters
 from emorl.policies.adapters import base_fingerprint, read_adapter
 from emorl.policies.base import load_base, quantization_of, read_policies
 from tests.training.trained import policy_folders, train
@@ -133,6 +134,11 @@ def test_a_policy_is_trained_on_it_and_is_an_ordinary_adapter(config, tmp_path):
     base = load_base(config)
     [policy] = read_policies(policy_folders(experiment), base).values()
     assert HiddenStateEnsemble(base.model, {"short": policy})  # which checks that it belongs to this base
+
+
+def test_a_search_of_fusions_refuses_it(config, paths):
+    with pytest.raises(UserError, match=r"base\.quantization: a search of fusions changes the base's own parameters"):
+        loaded_adapters(load_base(config).model, list(adapters(paths).values()))
 
 
 def test_without_the_extra_it_is_one_line(config, monkeypatch):
