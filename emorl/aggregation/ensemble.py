@@ -51,6 +51,7 @@ from emorl.aggregation.stacked_lora import (
 from emorl.config import UserError, nearest
 from emorl.policies.adapters import Adapter, base_fingerprint
 from emorl.policies.base import quantization_of
+from emorl.policies.placement import device_of
 
 BASE_POLICY = "base"
 _NEEDED_OF_DECODERS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
@@ -121,6 +122,11 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
                 "of transformers with a key-value cache, from AutoModelForCausalLM or AutoModelForSeq2SeqLM and without "
                 "adapters."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its tokens; of a base that is spread over devices, its embeddings' one."""
+        return device_of(self.policies.get_input_embeddings())
 
     @property
     def weights(self) -> tuple[float, ...]:

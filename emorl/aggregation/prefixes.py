@@ -146,7 +146,7 @@ class Store:
 
     def __getitem__(self, places: Tensor) -> Tensor:
         """The rows at `places` (any shape)."""
-        flat = places.flatten()
+        flat = places.flatten().to(self._blocks[0].device)
         found = self._blocks[0].new_empty(len(flat), *self._blocks[0].shape[1:])
         number = flat // _BLOCK
         for block in number.unique().tolist():

@@ -56,9 +56,15 @@ class RowLayer(DynamicLayer):
         if rows > self._buffers[0].shape[0]:
             self._reserve(max(rows, 2 * self._buffers[0].shape[0]), self._buffers[0].shape[2])
         if len(source):
+            source, target = source.to(self._buffers[0].device), target.to(self._buffers[0].device)
             for buffer in self._buffers:  # whole rows are contiguous: far faster than assigning by index
                 buffer.index_copy_(0, target, buffer.index_select(0, source))
         self._show(rows, self.get_seq_length())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps rows `indices` (N,), which may lie on another layer's device."""
+        if self.keys is not None:
+            super().batch_select_indices(indices.to(self.keys.device))
 
     def _has_room(self, length: int) -> bool:
         """Whether the buffer holds what `keys` shows, with room for `length` tokens; else something replaced `keys`."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -133,9 +134,9 @@ def load_base_of(
 
 def _load_base(folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
     place = located(settings["base"], folder, "base model", "give it as base=")
-    config = BaseConfig(model=place, dtype=settings["dtype"], quantization=settings.get("quantization"))
+    config = BaseConfig(model=place, quantization=settings.get("quantization"))
     try:
-        return load_model(config, **options)
+        return load_model(config, **{"dtype": getattr(torch, settings["dtype"]), **options})
     except UserError as error:
         raise UserError(f"{folder}: {error}; or give it as base=") from error
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emorl.policies.adapters import Adapter, check_adapter_fits
+from emorl.policies.placement import device_of, shared_with_copies
 
 # Names that transformers gives to layers which read one and the same input. Wrong guesses cost time, not correctness.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("wi_0", "wi_1"))
@@ -195,15 +196,15 @@ def stack_adapters(
     """
     for adapter in adapters:
         check_adapter_fits(adapter, base_model)
-    shared: dict[int, object] = {id(tensor): tensor for tensor in [*base_model.parameters(), *base_model.buffers()]}
-    model = deepcopy(base_model, shared)
+    model = deepcopy(base_model, shared_with_copies(base_model))
     adapted = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
     for name in adapted:
         linear = model.get_submodule(name)
         a, b = _padded_stack([adapter.factors.get(name) for adapter in adapters])
         weight = next(linear.parameters())
         dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised weights are integers
-        model.set_submodule(name, layer(linear, a.to(weight.device, dtype), b.to(weight.device, dtype)))
+        device = device_of(linear)
+        model.set_submodule(name, layer(linear, a.to(device, dtype), b.to(device, dtype)))
     for name, module in model.named_modules():
         if not name.endswith(_CROSS_ATTENTION):
             _share_projections(module)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
@@ -202,7 +203,7 @@ class TrieDecoder:
                 for store, states in ((keys, layer.keys), (values, layer.values)):
                     assert states is not None
                     by_token = states.unflatten(0, (-1, self._policies)).permute(0, 3, 1, 2, 4)  # (P, S, K, heads, D)
-                    store.write(self._next_place, by_token[prompt, place])
+                    store.write(self._next_place, by_token[prompt.to(states.device), place.to(states.device)])
             self._hidden.write(start, hidden)
             self._next_place += len(prompt)
 
@@ -254,10 +255,11 @@ class TrieDecoder:
     def _logits_by_policy(self, hidden: Tensor) -> Tensor:
         """Logits (N, K, V) of hidden (N, K, H), with the head's bias as one more policy."""
         self.work.head += hidden.shape[0] * hidden.shape[1]
-        logits = nn.functional.linear(hidden, self._head.weight)
-        if self._head.bias is None:
-            return logits
-        return torch.cat([logits, self._head.bias.expand(len(logits), 1, -1)], 1)
+        with align_module_device(self._head):  # it may be offloaded
+            logits = nn.functional.linear(hidden, self._head.weight)
+            if self._head.bias is None:
+                return logits
+            return torch.cat([logits, self._head.bias.expand(len(logits), 1, -1)], 1)
 
     def _append(self, sequences: _Sequences, which: Array, tokens: Array) -> None:
         sequences.tokens[which, sequences.known[which]] = tokens
@@ -341,7 +343,8 @@ class TrieDecoder:
             for store, states in ((keys, layer.keys), (values, layer.values)):
                 assert states is not None
                 by_row = states[:, :, -1].unflatten(0, (-1, self._policies))  # (R, K, heads, D)
-                store.write(self._next_place, by_row if len(new) == len(by_row) else by_row.index_select(0, index))
+                is_all = len(new) == len(by_row)
+                store.write(self._next_place, by_row if is_all else by_row.index_select(0, index.to(by_row.device)))
         nodes = self._tree.add(rows.node[new], rows.token[new])
         self._hidden.write(int(nodes[0]), hidden[index])
         self._choices.extend_to(len(self._tree))

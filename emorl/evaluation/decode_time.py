@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from emorl.policies.placement import input_device
 from emorl.policies.prompts import encode
 
 _TOKENS, _ROUNDS = 24, 3
@@ -19,7 +20,7 @@ def decode_seconds(models: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     length = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "do_sample": False}
     for _ in range(_ROUNDS):
         for name, model in models.items():
-            inputs = encode(tokenizer, list(prompts)).to(model.device)
+            inputs = encode(tokenizer, list(prompts)).to(input_device(model))
             start = time.perf_counter()
             with torch.no_grad():
                 model.generate(**inputs, **length)

@@ -25,6 +25,7 @@ from emorl.evaluation.text_metrics import (
 from emorl.objectives.loading import Objective
 from emorl.policies.conversation import answer_in, as_completion, prompt_text
 from emorl.policies.generation import asked_for
+from emorl.policies.placement import input_device
 from emorl.policies.prompts import answers_begin_after, check_fits, decode, encode
 from emorl.runs.run import Cost
 
@@ -71,10 +72,10 @@ def generate(
         for start in range(0, len(repeated), batch):
             torch.manual_seed(seed + start)
             part = repeated[start : start + batch]
-            inputs = encode(tokenizer, [prompts[index] for index, _ in part]).to(model.device)
+            inputs = encode(tokenizer, [prompts[index] for index, _ in part]).to(input_device(model))
             rows_of = [index for index, _ in part]
             check_fits(model.config, inputs["input_ids"].shape[1], generation.get("max_new_tokens"), prompts[rows_of[-1]])
-            extra = {name: values[rows_of].to(model.device) for name, values in (per_prompt or {}).items()}
+            extra = {name: values[rows_of].to(input_device(model)) for name, values in (per_prompt or {}).items()}
             output = model.generate(**inputs, **generation, **asked_for(generation, tokenizer), **extra)
             before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # start token, or the prompt
             completion_ids = output[:, before:]  # (B, T)

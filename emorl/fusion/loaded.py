@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from emorl.config import UserError
 from emorl.fusion.operators import Fusion, fuse_tensor, tensor_workers
 from emorl.policies.adapters import Adapter
+from emorl.policies.placement import check_in_memory
 
 FuseParameter = Callable[[str, Fusion, Tensor], None]
 """Writes a parameter's fusion, by its name, to a contiguous float32 tensor of its shape."""
@@ -75,8 +77,14 @@ def loaded_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: i
     """LoRA policies of the base `model`: what their adapters add is fused (SLERP too is between those) and added to the base.
 
     The base's adapted weights are copied, and the adapters' full deltas kept in float32: K + 1 times the adapted modules.
+
+    Raises:
+        UserError: the base is quantised or offloaded in parts.
     """
+    check_in_memory(model, "a search of fusions")
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.factors))
+    if not all(model.get_parameter(f"{name}.weight").is_floating_point() for name in modules):
+        raise UserError("base.quantization: a search of fusions changes the base's own parameters; search on the base as it is")
     starts = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in modules}
     deltas = {f"{name}.weight": [_delta(adapter, name, starts[f"{name}.weight"]) for adapter in adapters] for name in modules}
 

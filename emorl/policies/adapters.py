@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emorl.config import UserError
+from emorl.policies.placement import parameters_in_memory
 from emorl.runs.layout import ADAPTER, POLICY_CARD, WEIGHTS
 from emorl.runs.run import read_json
 
@@ -157,14 +158,17 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of the names, shapes and 16 sampled values of every parameter of a bare base model (cheap even for 7B).
 
     Values are rounded to bfloat16 first, so loading one checkpoint in float32 or in bfloat16 gives the same
-    fingerprint; float16 may differ in a rounding, and quantised weights do differ. Take it before adapters are added:
-    they change names.
+    fingerprint; float16 may differ in a rounding. Quantised layers count by their precision alone, as what they keep
+    changes when they are first used. Take it before adapters are added: they change names.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_in_memory(model):
+        if not parameter.is_floating_point():
+            digest.update(f"{name} {parameter.dtype}\n".encode())
+            continue
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         if parameter.is_meta or parameter.numel() == 0:
-            raise ValueError(f"The parameter {name!r} is not in memory; take the fingerprint before sharding or offloading.")
+            raise ValueError(f"The parameter {name!r} is not in memory; take the fingerprint before sharding.")
         flat = parameter.detach().reshape(-1)
         steps = torch.arange(_SAMPLES_PER_PARAMETER, device=flat.device)
         positions = steps * (flat.numel() - 1) // (_SAMPLES_PER_PARAMETER - 1)
@@ -217,9 +221,10 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
         patterns: Any = config.get(pattern_key) or {}
         if not isinstance(patterns, dict):
             raise UserError(f"{file}: expected {pattern_key} to map modules to numbers, got {patterns!r:.60}; save it again.")
-        for name, value in ((key, config.get(key)), *patterns.items()):
-            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST  # type: ignore[arg-type]
-            if not is_number or (kind is int and value < 1):  # type: ignore[operator]
+        numbers: dict[str, Any] = {key: config.get(key), **patterns}
+        for name, value in numbers.items():
+            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
+            if not is_number or (kind is int and value < 1):
                 raise UserError(f"{file}: expected a number for {name}, got {value!r:.60}; save the adapter again.")
         for pattern in patterns:
             try:

@@ -1,6 +1,8 @@
 """The base model with its tokenizer, loaded as the block `base` says, and the policies trained on it."""
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from emorl.config.experiment import BaseConfig
 from emorl.config.objects import is_object
 from emorl.policies.adapters import Adapter, read_adapter
 from emorl.policies.loading import read_config, read_model, read_tokenizer
+from emorl.policies.placement import shared_with_copies
 
 _WHAT = "base.model"
 
@@ -48,8 +51,7 @@ def load_base(config: BaseConfig, is_changed: bool = False) -> Base:
     """
     tokenizer = load_tokenizer(config)
     if is_object(config.model):
-        tensors = [] if is_changed else [*config.model.parameters(), *config.model.buffers()]
-        copied = deepcopy(config.model, {id(tensor): tensor for tensor in tensors})
+        copied = deepcopy(config.model, {} if is_changed else shared_with_copies(config.model))
         return Base((copied.requires_grad_(False) if is_changed else copied).eval(), tokenizer)
     return Base(load_model(config), tokenizer, config.trust_remote_code)
 
@@ -89,7 +91,10 @@ def dtype_of(config: BaseConfig) -> torch.dtype:
 def _quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
     if config.quantization is None:
         return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("base.quantization needs bitsandbytes: pip install 'emorl[quantised]'")
     if config.quantization.bits == 8:
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns at every product
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of(config))
 

@@ -3,6 +3,7 @@
 Whatever their files make transformers raise becomes one line that names the model and the file.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -83,7 +84,7 @@ def read_model(
                 "fetch or convert it anew"
             )
     if place.endswith(GGUF):
-        _forget_packing(model, place)
+        model.name_or_path = model.config.name_or_path = place  # transformers names the folder, which may hold others
     return model.eval().requires_grad_(False)
 
 
@@ -91,6 +92,8 @@ def _where(place: str) -> dict[str, str]:
     """The arguments of `from_pretrained` that name a folder, a hub id, or a GGUF file in one."""
     folder, _, file = place.rpartition("/")
     if place.endswith(GGUF):
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError("a GGUF file needs the package gguf: pip install 'emorl[gguf]'")
         return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
     return {"pretrained_model_name_or_path": place}
 
@@ -99,13 +102,6 @@ def _refuse_adapter(place: str, what: str) -> None:
     """transformers would load the base that the adapter names, and the adapter on it."""
     if os.path.isfile(os.path.join(place, ADAPTER)):  # pathlib raises where a name is too long for a file
         raise UserError(f"{what} {place!r} is a LoRA adapter, no model; name the base that it was trained on instead")
-
-
-def _forget_packing(model: Any, place: str) -> None:
-    """An unpacked model is an ordinary one that can be trained and saved, and its file is its name."""
-    model.is_quantized, model.hf_quantizer = False, None
-    del model.config.quantization_config
-    model.name_or_path = model.config.name_or_path = place
 
 
 @contextmanager
@@ -123,10 +119,11 @@ def _fault(place: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"it comes with code of its own; read that code, then say trust_remote_code: true ({reason})"
     settings = sorted(Path(place).glob("*.json")) if is_folder else []
+    damaged = [file.name for file in settings if not _is_json(file)]
+    if damaged:
+        return f"{', '.join(damaged)} is no valid JSON ({reason}); fetch or save it anew"
     if settings or os.path.isfile(place):
-        damaged = [file.name for file in settings if not _is_json(file)]
-        files = f"{', '.join(damaged)} is no valid JSON" if damaged else "its files cannot be read"
-        return f"{files} ({reason}); fetch or save it anew"
+        return f"transformers cannot load it ({reason}); fetch or save its files anew, or change the settings beside it"
     return f"{'the folder holds no model' if is_folder else 'neither a folder here nor a model on the hub'} ({reason})"
 
 

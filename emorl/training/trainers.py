@@ -27,6 +27,7 @@ from emorl.objectives.loading import Objective
 from emorl.policies.adapters import base_fingerprint
 from emorl.policies.base import Base, dtype_of, is_encoder_decoder
 from emorl.policies.generation import check_generation
+from emorl.policies.placement import check_in_memory
 from emorl.policies.prompts import answers_begin_after
 from emorl.runs.run import Run
 from emorl.training.anchor import kl_to_base
@@ -224,8 +225,9 @@ def build_trainer(
     """The trainer that suits the base, which it changes; `objectives` are the plan's.
 
     Raises:
-        UserError: settings that TRL refuses.
+        UserError: settings that TRL refuses, or a base that is offloaded in parts: PEFT gives adapters there no values.
     """
+    check_in_memory(base.model, "training")
     if lora is None:
         base.model.requires_grad_(True)
     cost = CostCallback(run)

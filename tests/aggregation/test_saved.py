@@ -151,7 +151,7 @@ def test_a_base_that_is_nowhere_is_named_with_the_remedy(base, adapters, inputs,
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(HiddenStateEnsemble.from_pretrained(tmp_path / "deeper" / "copy").generate(**inputs, **GREEDY), expected)
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "pytorch_model.bin")  # no pickle is read
-    with pytest.raises(UserError, match=r"/saved: base.model .* fetch or save it anew; or give it as base=$"):
+    with pytest.raises(UserError, match=r"/saved: base.model .* fetch or save its files anew.*; or give it as base=$"):
         HiddenStateEnsemble.from_pretrained(tmp_path / "saved")
     shutil.rmtree(tmp_path / "base")
     model.save_pretrained(tmp_path / "later")  # a folder that has gone is no hub id

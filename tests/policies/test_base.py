@@ -35,7 +35,7 @@ def test_a_policy_of_another_tokenizer_is_refused(base, write_adapter, tokenizer
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("tokenizer.json", "{}", "policy 'a': the tokenizer in .*: its files cannot be read"),
+        ("tokenizer.json", "{}", "policy 'a': the tokenizer in .*: transformers cannot load it"),
         ("tokenizer_config.json", "{nope", "tokenizer_config.json is no valid JSON"),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}', "read that code, then say trust"),
     ],

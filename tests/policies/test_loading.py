@@ -61,10 +61,13 @@ def code_of_its_own(name, kind):
 
 
 DAMAGES = {
-    "weights cut at the end": (cut(-1000), "its files cannot be read"),
-    "weights cut in the header": (cut(300), "its files cannot be read"),
-    "empty weights": (cut(0), "its files cannot be read"),
-    "a pointer of git lfs": (write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\nsize 3\n"), "cannot be read"),
+    "weights cut at the end": (cut(-1000), "transformers cannot load it"),
+    "weights cut in the header": (cut(300), "transformers cannot load it"),
+    "empty weights": (cut(0), "transformers cannot load it"),
+    "a pointer of git lfs": (
+        write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\nsize 3\n"),
+        "transformers cannot load it",
+    ),
     "no weights": (remove(WEIGHTS), "no file named model.safetensors"),
     "only a pickle": (only_a_pickle, "safetensors"),
     "an index that is no JSON": (lambda f: (remove(WEIGHTS)(f), write(f"{WEIGHTS}.index.json", "{")(f)), "index.json is no"),
@@ -85,10 +88,10 @@ DAMAGES = {
     "an unknown family": (change("config.json", model_type="nope"), "nope"),
     "no config": (remove("config.json"), "base.model"),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "base.model"),
-    "a tokenizer of nothing": (write("tokenizer.json", "{}"), "its files cannot be read .*added_tokens"),
+    "a tokenizer of nothing": (write("tokenizer.json", "{}"), "transformers cannot load it .*added_tokens"),
     "a tokenizer that is no JSON": (write("tokenizer.json", '{"model": '), "tokenizer.json is no valid JSON"),
-    "a tokenizer that is a list": (write("tokenizer.json", "[]"), "its files cannot be read"),
-    "a tokenizer without vocabulary": (change("tokenizer.json", model={}), "its files cannot be read"),
+    "a tokenizer that is a list": (write("tokenizer.json", "[]"), "transformers cannot load it"),
+    "a tokenizer without vocabulary": (change("tokenizer.json", model={}), "transformers cannot load it"),
     "tokenizer settings that are no JSON": (write("tokenizer_config.json", "{nope"), "tokenizer_config.json is no valid JSON"),
     "tokenizer settings that are a list": (write("tokenizer_config.json", "[]"), "base.model"),
     "a template with a mistake": (write("chat_template.jinja", "{% for %}"), "TemplateSyntaxError"),
