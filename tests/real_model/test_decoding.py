@@ -60,7 +60,7 @@ def bases(real_model):
 @pytest.fixture(scope="module", params=NAMES)
 def case(request, bases, write_adapter, tmp_path_factory) -> Case:
     base, folder = bases(request.param), tmp_path_factory.mktemp(request.param)
-    paths = [write_adapter(base.model, folder / str(seed), rank=2 + seed, alpha=0.25, seed=seed) for seed in range(2)]
+    paths = [write_adapter(base.model, folder / str(seed), rank=2 + seed, alpha=0.5, seed=seed) for seed in range(2)]
     ensemble = HiddenStateEnsemble(base.model, {path.name: read_adapter(path) for path in paths})
     shared = {id(tensor): tensor for tensor in [*base.model.parameters(), *base.model.buffers()]}
     peft = PeftModel.from_pretrained(deepcopy(base.model, shared), str(paths[0]), adapter_name="0")

@@ -1,4 +1,5 @@
-"""A pair of SmolLM2s, each with an adapter merged into it, is fused as mergekit fuses it."""
+"""A pair of SmolLM2s, each with an adapter merged into it, is fused as mergekit fuses it: mergekit takes cosines in float32, so
+that SLERP between such close models differs from ours in the sixth digit."""
 
 import pytest
 import torch
@@ -52,4 +53,6 @@ def test_a_pair_of_merged_adapters_is_fused_as_mergekit_fuses_it(method, pair, t
     one = load_file(pair[1] / "model.safetensors")
     assert any(not torch.equal(tensor, one[name]) for name, tensor in ours.items())
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6, msg=name)
+        torch.testing.assert_close(
+            tensor, theirs[name], atol=1e-6, rtol=1e-5, msg=lambda message, name=name: f"{name}: {message}"
+        )
