@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import decode
 from benchmarks.decode import CLOCKS, TARGETS, load_peft
 from emorl.fusion.adapters import fuse_adapters
 from emorl.fusion.operators import Fusion
@@ -36,6 +37,7 @@ SIZES = {
     "110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
              "vocab_size": 16000},
     "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100},
+    **{size: decode.SIZES[size] for size in ("134m", "1b")},
 }  # fmt: skip
 WEIGHTS = (0.5, 0.3, 0.2)
 REFERENCE = "peft cat"

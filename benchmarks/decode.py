@@ -21,7 +21,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import MethodType
@@ -42,6 +42,8 @@ SIZES = {
              "num_key_value_heads": 2, "vocab_size": 1024},
     "134m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "vocab_size": 49152},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -51,12 +53,19 @@ Decode = Callable[[Tensor], Tensor]
 
 
 def make_policies(
-    size: str, rank: int, count: int, directory: Path, distance: float = 0.05, dtype: torch.dtype = torch.float32
+    size: str,
+    rank: int,
+    count: int,
+    directory: Path,
+    distance: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[PreTrainedModel, list[Path]]:
     """A random base and the directories of `count` random adapters on all its projections."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[size], tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    base = LlamaForCausalLM(config).eval().to(dtype)
+    with torch.device(device):
+        base = LlamaForCausalLM(config).eval().to(dtype)
     paths = []
     for index in range(count):
         adapted = get_peft_model(deepcopy(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
@@ -187,22 +196,26 @@ def measure(methods: dict[str, Decode], prompts: Tensor, repeats: int, clock: Ca
     for repeat in range(repeats):
         for label in labels[repeat % len(labels) :] + labels[: repeat % len(labels)]:
             start = clock()
-            methods[label](prompts)
+            methods[label](prompts).cpu()  # waits for a GPU
             seconds[label].append(clock() - start)
     return seconds
 
 
-def measure_machine(dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes/s read from memory, FLOP/s in this precision): best of several."""
-    large, square = torch.ones(64 * 2**20), torch.ones(1536, 1536, dtype=dtype)  # 256 MiB; 9 MiB
-    reading = min(_seconds(large.sum) for _ in range(7))
+def measure_machine(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
+    """(bytes/s read from memory, on a GPU read and written by a copy; FLOP/s in this precision): best of several."""
+    entries, side = (64 * 2**20, 1536) if device == "cpu" else (512 * 2**20, 8192)  # 256 MiB, 2 GiB
+    large, square = torch.ones(entries, device=device), torch.rand(side, side, dtype=dtype, device=device)
+    copied = None if device == "cpu" else torch.empty_like(large)
+    moving = min(_seconds(large.sum if copied is None else lambda: copied.copy_(large)) for _ in range(7))
     multiplying = min(_seconds(lambda: square @ square) for _ in range(7))
-    return large.numel() * 4 / reading, 2 * 1536**3 / multiplying
+    return entries * 4 * (1 if copied is None else 2) / moving, 2 * side**3 / multiplying
 
 
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -220,12 +233,14 @@ def run_case(size: str, batch: int, options: argparse.Namespace, machine: tuple[
     """One row per method for one model size and batch size."""
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         dtype = getattr(torch, options.dtype)
-        base, paths = make_policies(size, options.rank, max(options.policies), Path(directory), options.distance, dtype)
+        base, paths = make_policies(
+            size, options.rank, max(options.policies), Path(directory), options.distance, dtype, options.device
+        )
         wanted = {"rivals"} if options.rivals == "all" else set()
         wanted |= {"compile"} if options.compile else set()
         wanted |= {"speculative"} if options.speculative and batch == 1 else set()
         methods = make_methods(base, paths, options.policies, options.new_tokens, wanted)
-        prompts = torch.randint(1, base.config.vocab_size, (batch, options.prompt_tokens))
+        prompts = torch.randint(1, base.config.vocab_size, (batch, options.prompt_tokens), device=options.device)
         check_same_tokens(methods, prompts, exact=dtype == torch.float32)
         seconds = measure(methods, prompts, options.repeats, CLOCKS[options.clock])
         bounds = {
@@ -262,7 +277,7 @@ def print_rows(rows: list[dict[str, object]]) -> None:
         print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences decoded at once")
@@ -281,9 +296,10 @@ def main() -> None:
     parser.add_argument("--distance", type=float, default=0.05, help="standard deviation of the adapters' B")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    options = parser.parse_args()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    machine = measure_machine(getattr(torch, options.dtype))
+    machine = measure_machine(getattr(torch, options.dtype), options.device)
     print(
         f"{options.dtype}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{machine[0] / 1e9:.1f} GB/s, {machine[1] / 1e9:.0f} GFLOP/s\n"
@@ -296,8 +312,8 @@ def main() -> None:
             case = run_case(size, batch, options, machine)
             print_rows(case)
             rows += case
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+            if options.json:  # what is measured stays, whatever comes
+                options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
