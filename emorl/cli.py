@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from emorl.config import UserError
+from emorl.runs.faults import faults_as_lines
 
 COMMANDS = {
     "quickstart": "The whole job on an embedded example: train, search, compare, report.",
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(parser, words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return options.run(options) or 0
+        with faults_as_lines():
+            return options.run(options) or 0
     except UserError as error:
         print(f"emorl {options.command}: {error}", file=sys.stderr)
         return 2

@@ -38,6 +38,8 @@ class ScoreMemo:
                 "CREATE TABLE IF NOT EXISTS scores (objective TEXT, text BLOB, score REAL, PRIMARY KEY (objective, text)) "
                 "WITHOUT ROWID"
             )
+        except sqlite3.OperationalError:
+            raise  # of a full disk or one that can only be read
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path} is damaged ({error}); move it away, its texts are then scored again") from None
 

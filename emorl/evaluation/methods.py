@@ -12,6 +12,7 @@ from emorl.evaluation.bootstrap import Offer, difference, resampled
 from emorl.evaluation.pareto import hypervolume, reference_point
 from emorl.evaluation.scoring import summarize
 from emorl.runs.results import BASE, MethodsResult, Spread
+from emorl.evaluation.tables import read_table
 
 FIRST = "ensemble"
 """the method that all others are compared with, where it takes part"""
@@ -59,7 +60,7 @@ def methods_tables(
     """
     names = list(objectives)
     every = [point for seeds in offered.values() for of_seed in seeds.values() for point in of_seed]
-    tables = {point.table: pd.read_parquet(point.table) for point in every}
+    tables = {point.table: read_table(point.table, ["completion"], "move it away: it is scored again") for point in every}
     points = pd.DataFrame(
         {
             "method": method,

@@ -36,7 +36,8 @@ from emorl.runs.results import (
     TrainingResult,
     read_result,
 )
-from emorl.runs.run import Cost, read_json
+from emorl.runs.run import Cost, read_cost, read_json
+from emorl.evaluation.tables import read_table
 
 METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
 """columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""
@@ -171,10 +172,10 @@ def load_run(output: str | Path) -> Results:
         experiment=experiment,
         training=_training(experiment),
         search=kept["search"],
-        trials=pd.read_csv(layout.search / TRIALS) if searched else None,
+        trials=_trials(layout.search, kept["search"]) if searched else None,
         evaluation=kept["evaluate"],
-        summary=pd.read_csv(layout.evaluation / SUMMARY) if evaluated else None,
-        completions=pd.read_parquet(layout.evaluation / COMPLETIONS) if evaluated else None,
+        summary=_evaluated(layout.evaluation / SUMMARY, len(kept["evaluate"].systems)) if evaluated else None,
+        completions=_evaluated(layout.evaluation / COMPLETIONS) if evaluated else None,
         attacks=read_result(Attacks, layout.evaluation, ATTACKS) if evaluated and attacks.exists() else None,
         fusion=kept["fuse"],
         fusion_trials=_table(layout.fusion / TRIALS),
@@ -206,8 +207,17 @@ def _training_folders(experiment: Experiment) -> dict[str, Path]:
     return {name: layout.training(name) for name in experiment.policy_names if not isinstance(layout.policies, Mapping)}
 
 
+def _trials(folder: Path, result: SearchResult) -> pd.DataFrame:
+    remedy = "`emorl search` or `emorl report` writes it again from the study"
+    return read_table(folder / TRIALS, ["trial", "value", "front"], remedy, result.trials)
+
+
+def _evaluated(file: Path, rows: int | None = None) -> pd.DataFrame:
+    return read_table(file, ["system"], f"remove {file}, and `emorl evaluate` makes it again of the tables beside it", rows)
+
+
 def _table(file: Path) -> pd.DataFrame | None:
-    return pd.read_csv(file) if file.exists() else None
+    return read_table(file, [], f"remove {file} and run its stage again") if file.exists() else None
 
 
 def _versions(output: Path) -> dict[str, str]:
@@ -226,7 +236,7 @@ def cost_table(output: Path) -> pd.DataFrame:
         **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
         "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),
     }
-    read = {name: [Cost(**read_json(file)) for file in files if file.exists()] for name, files in stages.items()}
+    read = {name: [read_cost(file.parent) for file in files if file.exists()] for name, files in stages.items()}
     costs = {name: sum(parts, Cost()) for name, parts in read.items() if parts}
     costs["total"] = sum(costs.values(), Cost())
     return pd.DataFrame([asdict(cost) for cost in costs.values()], index=pd.Index(costs, name="stage"))

@@ -299,14 +299,14 @@ def read_result(kind: type[Result], folder: Path, name: str = RESULT) -> Result:
         return TypeAdapter(kind).validate_python(read_json(file))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "all of it"
         raise UserError(f"{file} is damaged ({where}: {first['msg']}); move {folder} away and run the stage again") from None
 
 
 def best_dynamic_ensemble(layout: Layout) -> Path | None:
     """Folder of the dynamic ensemble that was best on the validation prompts; None before one is trained."""
     validations = {
-        file.parent / ENSEMBLE: read_json(file)["validation"]
+        file.parent / ENSEMBLE: read_result(AgentResult, file.parent).validation
         for file in sorted(layout.dynamic.glob(f"*/{RESULT}"))
         if (file.parent / ENSEMBLE).is_dir()
     }

@@ -8,8 +8,8 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from emorl.config import UserError
+from emorl.runs.faults import TRACEBACK
 from emorl.runs.layout import COST, MANIFEST
 
 _PACKAGES = ("emorl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "optuna")
@@ -84,7 +85,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
             path.mkdir(parents=True, exist_ok=True)
             _write_manifest(path, stage, config, finished=False)
         return Run(path, stage, config, finished=False, cost=Cost(), is_main=is_main)
-    manifest = read_json(manifest_path)
+    manifest = _read_manifest(path)
     changed = ", ".join(_differences(manifest.get("config", {}), config))
     if manifest.get("stage") != stage or changed:
         changed = changed or "the stage"
@@ -92,16 +93,36 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
         raise UserError(
             f"{path} holds a run with other settings ({changed}); give another `output`{reuse}, or move that directory away"
         )
-    cost_path = path / COST
-    cost = Cost(**read_json(cost_path)) if cost_path.exists() else Cost()
-    return Run(path, stage, config, bool(manifest.get("finished")), cost, is_main)
+    return Run(path, stage, config, bool(manifest.get("finished")), read_cost(path), is_main)
+
+
+def read_cost(path: Path) -> Cost:
+    """What a run directory says it has cost; nothing where it does not say.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = path / COST
+    content = read_json(file) if file.exists() else {}
+    numbers = content.values() if isinstance(content, dict) else [None]
+    known = {field.name for field in fields(Cost)}
+    if not all(type(number) in (int, float) for number in numbers) or not known.issuperset(content):
+        raise UserError(f"{file} is damaged (it holds other things than {', '.join(sorted(known))}); move {path} away")
+    return Cost(**content)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = read_json(path / MANIFEST)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict) or "stage" not in content:
+        raise UserError(f"{path / MANIFEST} is damaged (no stage with its config); move {path} away and run the stage again")
+    return content
 
 
 def _holds_work(path: Path) -> bool:
     """Whether a run got further than its start; one that failed at once, on a wrong setting say, may be started anew."""
-    if read_json(path / MANIFEST).get("finished"):
+    if _read_manifest(path).get("finished"):
         return True
-    return any(file.is_file() and file.name not in (MANIFEST, ".lock") for file in path.rglob("*"))
+    return any(file.is_file() and file.name not in (MANIFEST, TRACEBACK, ".lock") for file in path.rglob("*"))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -166,15 +187,13 @@ def written_whole(path: Path) -> Iterator[Path]:
     ...     frame.to_csv(temporary)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.fsync(descriptor)
+        with temporary.open("xb") as file:  # with the user's umask
+            yield temporary
+            os.fsync(file)
         os.replace(temporary, path)
     finally:
-        os.close(descriptor)
         temporary.unlink(missing_ok=True)
 
 

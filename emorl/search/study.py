@@ -110,11 +110,14 @@ _POLL_SECONDS = 1.0
 _CLAIM_SECONDS = 30.0  # between popping a trial and signing it there are milliseconds
 
 
-def open_study(storage: str | Path, objectives: Sequence[str], name: str) -> optuna.Study:
+def open_study(
+    storage: str | Path, objectives: Sequence[str], name: str, settings: Mapping[str, Any] | None = None
+) -> optuna.Study:
     """The study called `name`, made if it is not there; one maximised value per objective.
 
     Args:
         storage: path of a journal file, or an Optuna storage URL (`sqlite:///…`, `postgresql://…`).
+        settings: of the run that the study belongs to; they are kept in it, and another run's are refused.
 
     Raises:
         UserError: a damaged journal, a URL that cannot be opened, a study of other objectives.
@@ -131,6 +134,10 @@ def open_study(storage: str | Path, objectives: Sequence[str], name: str) -> opt
         )
     if "objectives" not in study.user_attrs:
         study.set_user_attr("objectives", list(objectives))
+    if settings is not None:
+        if study.user_attrs.get("settings", settings) != settings:
+            raise UserError(f"{storage} holds the study of a run with other settings; give another output or storage")
+        study.set_user_attr("settings", dict(settings))
     return study
 
 
@@ -157,7 +164,7 @@ def _journal(path: Path) -> BaseStorage:
         lock.release()
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except (ValueError, KeyError, TypeError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged and cannot be read as an Optuna journal ({type(error).__name__}: {error}); restore it from "
             "a copy, or move it away to start the search again"

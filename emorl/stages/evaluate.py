@@ -35,7 +35,7 @@ from emorl.runs.results import (
 from emorl.runs.run import Cost, Run, read_json, write_json, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
-from emorl.stages.search import check_mode
+from emorl.stages.search import check_mode, restore_trials
 from emorl.stages.stage import Stage, perform
 from emorl.stages.train import TRAINING
 
@@ -202,10 +202,12 @@ _DEPENDS_ON = (
     *TRAINING, "objectives", "policies", "value", "ensemble", "search", "-search.storage", "evaluate", "-evaluate.attacks",
     "-evaluate.references", "-evaluate.front_points", "-evaluate.batch",
 )  # fmt: skip
-STAGE = Stage("evaluate", EvaluationResult, check, _DEPENDS_ON, work, is_enough)
+STAGE = Stage("evaluate", EvaluationResult, check, _DEPENDS_ON, work, is_enough, leaves=[COMPLETIONS, SUMMARY])
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> EvaluationResult:
+    """The stage, and the search's table of trials, which is shown beside what it finds."""
+    restore_trials(experiment)
     return perform(STAGE, experiment, progress, materials)
 
 
@@ -221,7 +223,7 @@ def command(options: argparse.Namespace) -> None:
 
         print_dynamic(experiment.output, options.json)  # which compares on the test prompts already
         return
-    perform(STAGE, experiment, Console())
+    performed(experiment, Console(), Materials(experiment))
     print_evaluation(experiment.output, options.json)
 
 

@@ -155,7 +155,7 @@ def _searched(materials: Materials, modules: Sequence[str], run: Run, progress: 
     config, names, objectives = experiment.fuse, experiment.policy_names, list(experiment.objectives)
     space, value = fusion_space(config, names, modules), Value.of(experiment.value, objectives)
     of_trials = valuation(value, space.corners()[: len(names)])
-    study = open_study(run.path / JOURNAL, objectives, "fusion")
+    study = open_study(run.path / JOURNAL, objectives, "fusion", run.config)
     progress.say(f"fuse: {config.proposer} over {', '.join(config.methods)} of {', '.join(names)}")
     with ScoreMemo(run.path / SCORES) as memo:
         evaluator = _evaluator(materials, space, memo)
@@ -223,7 +223,7 @@ def _write_trials(
 _DEPENDS_ON = (
     *TRAINING, "objectives", "policies", "value", "ensemble", "search.samples", "search.generation", "fuse", "-fuse.trials",
 )  # fmt: skip
-STAGE = Stage("fuse", FusionResult, check, _DEPENDS_ON, work, is_enough)
+STAGE = Stage("fuse", FusionResult, check, _DEPENDS_ON, work, is_enough, leaves=[POLICY])
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> FusionResult:

@@ -124,7 +124,7 @@ class Materials:
     def _load_base(self, *, is_changed: bool) -> "Base":
         from emorl.policies.base import load_base
 
-        base = load_base(self.experiment.base, is_changed)
+        base = load_base(self.experiment.base, is_changed=True) if is_changed else load_base(self.experiment.base)
         self._prepared(base.tokenizer)
         return base
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emorl.config.experiment import ConvergenceConfig, Experiment
-from emorl.runs.layout import COST, TRIALS, Layout
+from emorl.runs.layout import TRIALS, Layout
 from emorl.runs.progress import Progress
 from emorl.runs.results import BASE, SearchResult, TrainingResult, read_result
-from emorl.runs.run import Cost, read_json, written_whole
+from emorl.runs.run import Cost, read_cost, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.methods import COMBINED
 
@@ -43,9 +43,11 @@ def points_of(experiment: Experiment, method: str) -> "list[OfferedPoint]":
 def _best_alone_first(experiment: Experiment) -> list[str]:
     """Policies by their value in the ensemble's search, which evaluated each alone."""
     import numpy as np
-    import pandas as pd
 
-    trials = pd.read_csv(Layout(experiment.output).search / TRIALS)
+    from emorl.evaluation.tables import read_table
+
+    columns = [f"weight_{name}" for name in experiment.objectives]
+    trials = read_table(Layout(experiment.output).search / TRIALS, columns, "`emorl search` writes it again")
     is_alone = {name: np.isclose(trials[f"weight_{name}"], 1.0) for name in experiment.objectives}
     return sorted(is_alone, key=lambda name: -float(trials.loc[is_alone[name], "value"].max()))
 
@@ -102,7 +104,7 @@ def consumption(experiment: Experiment, method: str) -> dict[str, float]:
     where one of the policies never got there."""
     layout = Layout(experiment.output, experiment.policies)
     trained = [_training(experiment, layout, name) for name in experiment.policy_names]
-    search = Cost(**read_json(layout.search / COST)) if method in COMBINED else Cost()
+    search = read_cost(layout.search) if method in COMBINED else Cost()
     total = sum((cost for cost, *_ in trained), search)
     return {
         "prompts": sum(prompts for _, prompts, _ in trained),
@@ -130,4 +132,4 @@ def _training(experiment: Experiment, layout: Layout, name: str) -> tuple[Cost, 
         if has_converged(rewards[:end], rule.window, threshold)
     )
     per_step = result.prompts_per_step
-    return Cost(**read_json(folder / COST)), result.steps * per_step, next(reached, math.nan) * per_step
+    return read_cost(folder), result.steps * per_step, next(reached, math.nan) * per_step

@@ -15,7 +15,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> None:
     from emorl.config.experiment import load_kept_experiment
 
-    load_kept_experiment(options.directory)  # a folder that is no run's is refused at once
+    experiment = load_kept_experiment(options.directory)  # a folder that is no run's is refused at once
+    from emorl.stages.search import restore_trials
+
+    restore_trials(experiment)
     from emorl.reporting.report import write_report
 
     report = write_report(options.directory)

@@ -10,14 +10,15 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emorl.config import UserError
 from emorl.config.experiment import Experiment
 from emorl.runs.console import Console
-from emorl.runs.layout import ENSEMBLE, JOURNAL, SCORES, TRIALS
+from emorl.runs.layout import ENSEMBLE, JOURNAL, SCORES, TRIALS, Layout
 from emorl.runs.progress import Progress
-from emorl.runs.results import Point, SearchResult, as_json
+from emorl.runs.results import Point, SearchResult, as_json, read_result
 from emorl.runs.run import Run, only_process, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
@@ -92,7 +93,7 @@ def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
     of_trials = valuation(value, space.corners()[: len(space.policies)])
     proposer, expected = weight_proposer(config, space, of_trials, len(objectives), experiment.seed)
     progress.say(f"search: {chosen_proposer(config)} over the weights of {', '.join(space.policies)}")
-    study = open_study(config.storage or run.path / JOURNAL, objectives, _study_name(experiment))
+    study = open_study(_storage(experiment), objectives, _study_name(experiment), run.config)
     with ScoreMemo(run.path / SCORES) as memo:
         evaluator = _evaluator(materials, space, value, memo)
         finished = search_on(
@@ -106,7 +107,7 @@ def work(materials: Materials, run: Run, progress: Progress) -> SearchResult:
     if is_spent:
         progress.say(f"search: ended by its budget after {len(finished)} candidates; a larger one continues it")
     with only_process(run.path, waits=True):  # workers end at about the same time
-        table = _write_trials(run, experiment, space.policies, finished, of_trials(finished))
+        table = _write_trials(run.path, experiment, space.policies, finished, of_trials(finished))
         result = _result(experiment, chosen_proposer(config), space.policies, table, asdict(budget) if is_spent else None)
         mixture = materials.mixture()
         mixture.weights = result.best.weights
@@ -139,15 +140,46 @@ def _study_name(experiment: Experiment) -> str:
 
 
 def _write_trials(
-    run: Run, experiment: Experiment, policies: Sequence[str], finished: Sequence[Any], values: Sequence[float]
+    folder: Path, experiment: Experiment, policies: Sequence[str], finished: Sequence[Any], values: Sequence[float]
 ) -> "pd.DataFrame":
     from emorl.search.trials import trials_table
 
     table = trials_table(finished, list(experiment.objectives), values)
     table = table.rename(columns={name: f"weight_{name}" for name in policies})
-    with written_whole(run.path / TRIALS) as temporary:
+    with written_whole(folder / TRIALS) as temporary:
         table.to_csv(temporary, index=False)
     return table
+
+
+def restore_trials(experiment: Experiment) -> None:
+    """Writes a finished search's `trials.csv` again from its study, where it is missing or damaged; no model is loaded."""
+    layout = Layout(experiment.output)
+    if not layout.has_result("search"):
+        return
+    from emorl.evaluation.tables import read_table
+
+    result = read_result(SearchResult, layout.search)
+    try:
+        read_table(layout.search / TRIALS, ["trial", "value", "front"], "", result.trials)
+        return
+    except UserError:
+        pass
+    from emorl.objectives.scalarize import Value
+    from emorl.search.spaces.weight_space import WeightSpace
+    from emorl.search.study import finished_trials, open_study
+    from emorl.search.trials import valuation
+
+    objectives, space = list(experiment.objectives), WeightSpace(tuple(result.best.weights))
+    study = open_study(_storage(experiment), objectives, _study_name(experiment))
+    finished = finished_trials(study)
+    if len(finished) < result.trials:
+        raise UserError(f"{layout.search / TRIALS} is damaged, and so is its study; move {layout.search} away and search again")
+    of_trials = valuation(Value.of(experiment.value, objectives), space.corners()[: len(space.policies)])
+    _write_trials(layout.search, experiment, space.policies, finished, of_trials(finished))
+
+
+def _storage(experiment: Experiment) -> "str | Path":
+    return experiment.search.storage or Layout(experiment.output).search / JOURNAL
 
 
 def _result(
@@ -177,11 +209,12 @@ _DEPENDS_ON = (
     *TRAINING, "objectives", "policies", "value", "ensemble", "search", "-search.batch", "-search.memory", "-search.storage",
     "-search.trials", "-search.seconds", "-search.tokens",  # a budget may be raised
 )  # fmt: skip
-STAGE = Stage("search", SearchResult, check, _DEPENDS_ON, work, is_enough, is_shared=True)
+STAGE = Stage("search", SearchResult, check, _DEPENDS_ON, work, is_enough, is_shared=True, leaves=[TRIALS, ENSEMBLE])
 
 
 def performed(experiment: Experiment, progress: Progress, materials: Materials) -> SearchResult:
     """The stage, whose lock its workers share."""
+    restore_trials(experiment)
     return perform(STAGE, experiment, progress, materials)
 
 
@@ -192,7 +225,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     overrides = [f"search.storage={options.storage}"] if options.storage else []
-    result = perform(STAGE, load(options, overrides), Console())
+    experiment = load(options, overrides)
+    result = performed(experiment, Console(), Materials(experiment))
     if options.json:
         print(json.dumps(as_json(result), indent=2))
         return

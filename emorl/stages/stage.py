@@ -16,6 +16,7 @@ from emorl.config import UserError, nearest
 from emorl.config.experiment import Experiment
 from emorl.config.places import check_places
 from emorl.config.yaml import as_mapping, to_yaml
+from emorl.runs.faults import faults_as_lines
 from emorl.runs.layout import MANIFEST, RESULT, STAGES, Layout
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import read_result, write_result
@@ -37,6 +38,7 @@ class Stage(Generic[Result]):
         work: does what is missing and returns the result; what it writes beside that goes into `run.path`.
         is_enough: whether a finished result is all that the experiment asks for now; one whose budget was raised goes on.
         is_shared: several workers may work on it at once.
+        leaves: files and folders that its result is nothing without, in the run directory.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Stage(Generic[Result]):
     work: Callable[[Materials, Run, Progress], Result]
     is_enough: Callable[[Experiment, Result], bool] = lambda experiment, result: True
     is_shared: bool = False
+    leaves: Sequence[str] = ()
 
 
 def perform(
@@ -68,9 +71,12 @@ def perform(
         return _module(stage).performed(experiment, progress, materials)
     config, folder = identity(experiment, stage.depends_on), Layout(experiment.output).stage(stage.name)
     result = finished_run(folder, stage.name, config, stage.result)
-    if result is not None and stage.is_enough(experiment, result):
+    gone = [name for name in stage.leaves if not (folder / name).exists()]
+    if result is not None and not gone and stage.is_enough(experiment, result):
         progress.say(f"{stage.name}: finished before, in {folder}")
         return result
+    if result is not None and gone:
+        progress.warn(f"{stage.name}: finished before, but {folder / gone[0]} is gone; it is made again")
     check_places(experiment)
     stage.check(experiment)
 
@@ -81,7 +87,8 @@ def perform(
             progress.warn(line)
         return stage.work(materials, run, progress)
 
-    with only_process(folder) if is_main_process() and not stage.is_shared else nullcontext():
+    lock = only_process(folder) if is_main_process() and not stage.is_shared else nullcontext()
+    with faults_as_lines(folder), lock:
         return work_on(open_run(folder, stage.name, config, is_main_process()), work)
 
 
@@ -122,7 +129,7 @@ def work_once(
         config: what makes the run this one and no other.
         kind: of the result.
     """
-    with only_process(folder):
+    with faults_as_lines(folder), only_process(folder):
         result = finished_run(folder, name, config, kind)
         if result is not None:
             progress.say(f"{name}: finished before, in {folder}")

@@ -38,6 +38,7 @@ def policy_stage(experiment: Experiment, name: str, turn: tuple[int, int] = (1, 
         check=lambda experiment: check(experiment, [name]),
         depends_on=(*TRAINING, *(f"objectives.{objective}" for objective in objectives)),
         work=lambda materials, run, progress: work(materials, run, progress, name, turn),
+        leaves=[POLICY],
     )
 
 

@@ -125,7 +125,7 @@ def test_cheap_mistakes_are_one_line_before_any_library(layout):
     [
         (["generation.max_new_tokes=3"], "unknown setting 'max_new_tokes'; did you mean 'max_new_tokens'"),
         (["generation.max_new_tokens=0"], "must be greater than 0"),
-        (["generation.max_new_tokens=many"], "generation: "),
+        (["generation.max_new_tokens=many"], "generation.max_new_tokens: expected a whole number"),
     ],
 )
 def test_impossible_settings_of_decoding_are_one_line(layout, capsys, options, message):

@@ -42,7 +42,7 @@ def base(tiny_base_dir):
         ({"target_modules": ["embed_tokens"]}, "train.lora adapts 'model.embed_tokens', an embedding or output head"),
         ({"target_modules": ["query"]}, "train.lora: PEFT refuses it: Target modules .*query.* not found"),
         ({"target_modules": "(("}, "train.lora: PEFT refuses it"),
-        ({"target_modules": [3]}, "train.lora.target_modules: expected a text or list"),
+        ({"target_modules": [3]}, r"train.lora.target_modules: expected .*got \[3\]"),
         ({"target_modules": ["norm"]}, "train.lora: PEFT refuses it: Target module .*RMSNorm.* is not supported"),
         ({"r": "x"}, "train.lora.r: expected a whole number"),
         ({"r": 0}, "train.lora: "),
