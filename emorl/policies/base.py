@@ -66,7 +66,7 @@ def load_model(config: BaseConfig, **options: Any) -> Any:
         UserError: as `load_base` does.
     """
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     block = {
         "dtype": dtype_of(config),
         "device_map": config.device_map or (None if config.quantization is None else {"": device}),
@@ -74,7 +74,7 @@ def load_model(config: BaseConfig, **options: Any) -> Any:
         **{key: getattr(config, key) for key in ("attn_implementation", "offload_folder")},
     }
     given = {key: value for key, value in {**block, **options}.items() if value is not None}
-    model = read_model(kind, config.model, _WHAT, **_origin(config), **given)
+    model = read_model(kind, config.model, _WHAT, **{**_origin(config), **given})
     return model if "device_map" in given else model.to(device)
 
 
