@@ -80,6 +80,17 @@ def test_what_is_let_through_trains_an_adapter_that_is_read(base, settings, tmp_
     check_adapter_fits(read_adapter(tmp_path), make_causal_model())
 
 
+def test_a_model_of_the_callers_own_kind_is_tried_too_and_stays_as_it_is(make_causal_model):
+    class Mine(type(make_causal_model())):
+        """No auto class knows it."""
+
+    config = make_causal_model().config
+    model = Mine(config)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert lora_config(TrainConfig(), BaseConfig(model=model)).r == 16
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_trying_the_settings_draws_no_random_numbers(base):
     torch.manual_seed(3)
     expected = torch.rand(1)
