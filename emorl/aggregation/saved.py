@@ -29,13 +29,13 @@ Front = Sequence[Mapping[str, Any]]
 
 
 def reference_to(place: str, folder: Path) -> dict[str, str] | None:
-    """How a folder's file refers to a model: a folder by both paths, a hub id by itself; None for what is neither, such as a
-    model made in memory."""
+    """How a folder's file refers to a model: a folder or GGUF file by both paths, a hub id by itself; None for what is neither,
+    such as a model made in memory."""
     path = Path(place).resolve()
-    if place and (path.is_dir() or path.suffix == GGUF):
+    if place and (path.is_dir() or (path.suffix == GGUF and path.is_file())):
         return {"relative": os.path.relpath(path, folder), "absolute": str(path)}
     try:
-        validate_repo_id(place)
+        validate_repo_id(place.rpartition("/")[0] if place.endswith(GGUF) else place)
     except HFValidationError:
         return None
     return {"hub": place}

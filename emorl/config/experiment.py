@@ -43,7 +43,8 @@ class BaseConfig:
     """straight to transformers: sdpa, eager, flash_attention_2, …; its own choice by default"""
     device_map: str | dict[str, str | int] | None = None
     """where the base's layers lie, straight to transformers: auto, balanced, …, or a map from module to GPU number, cpu or
-    disk; by default all on one GPU, or the CPU"""
+    disk; by default all on one GPU, or the CPU. Layers on disk or beside a GPU decode, but cannot be trained; several GPUs are
+    untried"""
     offload_folder: str | None = None
     """for layers on disk that the checkpoint does not hold as they are needed, such as ones in another precision"""
     quantization: QuantizationConfig | None = None
