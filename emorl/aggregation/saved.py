@@ -29,13 +29,13 @@ Front = Sequence[Mapping[str, Any]]
 
 
 def reference_to(place: str, folder: Path) -> dict[str, str] | None:
-    """How a folder's file refers to a model: a folder by both paths, a hub id by itself; None for what is neither, such as a
-    model made in memory."""
+    """How a folder's file refers to a model: a folder or GGUF file by both paths, a hub id by itself; None for what is neither,
+    such as a model made in memory."""
     path = Path(place).resolve()
-    if place and (path.is_dir() or path.suffix == GGUF):
+    if place and (path.is_dir() or (path.suffix == GGUF and path.is_file())):
         return {"relative": os.path.relpath(path, folder), "absolute": str(path)}
     try:
-        validate_repo_id(place)
+        validate_repo_id(place.rpartition("/")[0] if place.endswith(GGUF) else place)
     except HFValidationError:
         return None
     return {"hub": place}
@@ -134,9 +134,13 @@ def load_base_of(
 
 def _load_base(folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> PreTrainedModel:
     place = located(settings["base"], folder, "base model", "give it as base=")
-    config = BaseConfig(model=place, quantization=settings.get("quantization"))
+    origin = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
+    config = BaseConfig(model=place, quantization=settings.get("quantization"), **origin)
+    as_saved: dict[str, Any] = {"dtype": getattr(torch, settings["dtype"])}
+    if config.quantization is None:
+        as_saved["device_map"] = {"": "cpu"}  # as transformers does it: whoever wants it elsewhere moves it, or says so
     try:
-        return load_model(config, **{"dtype": getattr(torch, settings["dtype"]), **options})
+        return load_model(config, **{**as_saved, **options})
     except UserError as error:
         raise UserError(f"{folder}: {error}; or give it as base=") from error
 

@@ -11,8 +11,8 @@ import pandas as pd
 from emorl.evaluation.bootstrap import Offer, difference, resampled
 from emorl.evaluation.pareto import hypervolume, reference_point
 from emorl.evaluation.scoring import summarize
-from emorl.runs.results import BASE, MethodsResult, Spread
 from emorl.evaluation.tables import read_table
+from emorl.runs.results import BASE, MethodsResult, Spread
 
 FIRST = "ensemble"
 """the method that all others are compared with, where it takes part"""

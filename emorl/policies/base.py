@@ -24,7 +24,7 @@ from emorl.config.experiment import BaseConfig
 from emorl.config.objects import is_object
 from emorl.policies.adapters import Adapter, read_adapter
 from emorl.policies.loading import read_config, read_model, read_tokenizer
-from emorl.policies.placement import shared_with_copies
+from emorl.policies.placement import check_offloaded, shared_with_copies
 
 _WHAT = "base.model"
 
@@ -66,7 +66,7 @@ def load_model(config: BaseConfig, **options: Any) -> Any:
         UserError: as `load_base` does.
     """
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     block = {
         "dtype": dtype_of(config),
         "device_map": config.device_map or (None if config.quantization is None else {"": device}),
@@ -74,8 +74,11 @@ def load_model(config: BaseConfig, **options: Any) -> Any:
         **{key: getattr(config, key) for key in ("attn_implementation", "offload_folder")},
     }
     given = {key: value for key, value in {**block, **options}.items() if value is not None}
-    model = read_model(kind, config.model, _WHAT, **_origin(config), **given)
-    return model if "device_map" in given else model.to(device)
+    model = read_model(kind, config.model, _WHAT, **{**_origin(config), **given})
+    if "device_map" not in given:
+        return model.to(device)
+    check_offloaded(model)
+    return model
 
 
 def dtype_of(config: BaseConfig) -> torch.dtype:
@@ -100,7 +103,7 @@ def _quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
 
 
 def quantization_of(model: PreTrainedModel) -> dict[str, int] | None:
-    """The block `base.quantization` that a loaded model was loaded with; None where its parameters are whole numbers."""
+    """The block `base.quantization` that a loaded model was loaded with; None where it is not quantised."""
     bits = 4 * getattr(model, "is_loaded_in_4bit", False) + 8 * getattr(model, "is_loaded_in_8bit", False)
     return {"bits": bits} if bits else None
 

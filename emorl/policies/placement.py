@@ -24,6 +24,15 @@ def input_device(model: Any) -> torch.device:
     return device_of(model.get_input_embeddings()) if model.device.type == "meta" else model.device
 
 
+def check_offloaded(model: nn.Module) -> None:
+    """Refuses a tied parameter that is offloaded without the one it is tied to: accelerate would not find it (UserError)."""
+    for name, module in model.named_modules():
+        for stored in [hook.weights_map for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None]:
+            for key, _ in module.named_parameters(recurse=False):
+                if f"{stored.prefix}{key}" not in stored.dataset:
+                    raise UserError(f"base.device_map: {name}.{key} is tied to another parameter; put both in one place")
+
+
 def check_in_memory(model: nn.Module, what: str) -> None:
     """Refuses a base with offloaded layers for what changes it: UserError, with what that is."""
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -13,6 +13,7 @@ import pandas as pd
 from emorl.config import UserError
 from emorl.config.experiment import Experiment, load_kept_experiment
 from emorl.evaluation.hacking import Attacks
+from emorl.evaluation.tables import read_table
 from emorl.runs.layout import (
     ATTACKS,
     COMPLETIONS,
@@ -37,7 +38,6 @@ from emorl.runs.results import (
     read_result,
 )
 from emorl.runs.run import Cost, read_cost, read_json
-from emorl.evaluation.tables import read_table
 
 METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
 """columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""

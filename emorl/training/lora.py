@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from emorl.config import UserError
 from emorl.config.experiment import BaseConfig, TrainConfig
 from emorl.config.library import REFUSALS, library_settings, refused
+from emorl.config.objects import is_object
 from emorl.policies.adapters import check_plain_lora
 from emorl.policies.base import config_of, dtype_of, is_encoder_decoder
 
@@ -56,6 +57,8 @@ def _empty(base: BaseConfig) -> PreTrainedModel:
     """The base without values: its layers take no memory and no time."""
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder(base) else AutoModelForCausalLM
     with torch.device("meta"):
+        if is_object(base.model):
+            return type(base.model)._from_config(deepcopy(base.model.config))
         return kind.from_config(config_of(base), trust_remote_code=base.trust_remote_code)
 
 

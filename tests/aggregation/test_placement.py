@@ -119,6 +119,28 @@ def test_evaluation_and_a_saved_ensemble_take_it(apart, whole, paths, tokenizer,
     assert generate(loaded, tokenizer, prompts, GREEDY)["completion"].tolist() == mixed
 
 
+@pytest.mark.parametrize("disk", ["decoder.block.1", "encoder.block.0"])
+def test_an_encoder_decoder_takes_it_too(tiny_seq2seq_dir, write_adapter, plain_tokenizer, tmp_path, disk):
+    places = ["shared", "encoder.embed_tokens", "encoder.final_layer_norm", "decoder.embed_tokens", "decoder.final_layer_norm"]
+    places += ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1", "lm_head"]
+    where = {name: "disk" if name == disk else "cpu" for name in places}
+    here, there = (
+        load_base(BaseConfig(model=str(tiny_seq2seq_dir), device_map=device_map)).model for device_map in (None, where)
+    )
+    assert base_fingerprint(here) == base_fingerprint(there)
+    lora = {"target_modules": ["q", "v", "wi", "wo"], "task_type": "SEQ_2_SEQ_LM"}
+    paths = [write_adapter(here, tmp_path / name, seed=seed, **lora) for seed, name in enumerate("ab")]
+    inputs = plain_tokenizer(["say yes", "no"], return_tensors="pt", padding=True)
+    whole, apart = (HiddenStateEnsemble(base, adapters(paths), [0.75, 0.5]) for base in (here, there))
+    assert torch.equal(whole.generate(**inputs, **GREEDY), apart.generate(**inputs, **GREEDY))
+
+
+def test_a_tied_head_apart_from_its_embeddings_is_one_line(tiny_seq2seq_dir):
+    where = dict.fromkeys(("shared", "encoder", "decoder"), "cpu") | {"lm_head": "disk"}
+    with pytest.raises(UserError, match=r"base\.device_map: lm_head.weight is tied to another parameter"):
+        load_base(BaseConfig(model=str(tiny_seq2seq_dir), device_map=where))
+
+
 def test_what_changes_the_base_refuses_one_that_is_offloaded(apart, whole, paths, tokenizer):
     match = r"base\.device_map: .* some of its layers are offloaded"
     with pytest.raises(UserError, match=match):

@@ -166,6 +166,15 @@ def test_a_base_that_is_nowhere_is_named_with_the_remedy(base, adapters, inputs,
         HiddenStateEnsemble.from_pretrained(tmp_path / "later")
 
 
+def test_how_the_base_is_loaded_can_be_said(base, adapters, inputs, tmp_path):
+    HiddenStateEnsemble(base, adapters).save_pretrained(tmp_path / "saved")
+    options = {"attn_implementation": "eager", "dtype": torch.bfloat16, "device_map": {"": "cpu"}, "trust_remote_code": True}
+    loaded = HiddenStateEnsemble.from_pretrained(tmp_path / "saved", **options)
+    assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
+    with pytest.raises(UserError, match=r"saved: base\.model .*nope.*; or give it as base=$"):
+        HiddenStateEnsemble.from_pretrained(tmp_path / "saved", attn_implementation="nope")
+
+
 def test_an_interrupted_save_leaves_a_whole_ensemble(base, adapters, tmp_path, monkeypatch):
     saved, ensemble = tmp_path / "saved", HiddenStateEnsemble(base, adapters, [0.9, 0.1])
     ensemble.save_pretrained(saved)

@@ -191,7 +191,9 @@ class _Full:
         raise OSError(self.number, os.strerror(self.number), "somewhere")
 
 
-@pytest.mark.parametrize(("number", "words"), [(28, "the disk is full"), (30, "only be read"), (13, "may not write"), (122, "quota")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(28, "the disk is full"), (30, "only be read"), (13, "may not write"), (122, "quota")]
+)
 def test_a_disk_that_takes_nothing_is_said_and_all_is_kept(whole, copied, capsys, monkeypatch, number, words):
     arguments, run = copied
     (run / "evaluate" / "result.json").unlink()
@@ -230,7 +232,6 @@ def test_a_bug_of_ours_still_shows_its_traceback(copied, monkeypatch):
     def bug(*arguments, **options):
         raise ZeroDivisionError("ours")
 
-    bug.__globals__  # of this module, which counts as ours
     monkeypatch.setattr("emorl.evaluation.systems.evaluate", bug)
     with pytest.raises(ZeroDivisionError, match="ours"):
         main(["evaluate", *arguments])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.saved import reference_to
 from emorl.config import UserError
 from emorl.config.experiment import BaseConfig
 from emorl.policies.adapters import read_adapter
@@ -110,6 +111,12 @@ def test_policies_and_saved_ensembles_name_the_file(base, file, write_adapter, t
     ensemble.save_pretrained(tmp_path / "saved")
     loaded = HiddenStateEnsemble.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.generate(**inputs, **GREEDY), ensemble.generate(**inputs, **GREEDY))
+
+
+def test_a_file_on_the_hub_is_referred_to_by_its_name_there(file, tmp_path):
+    assert reference_to("org/model/tiny.gguf", tmp_path) == {"hub": "org/model/tiny.gguf"}
+    assert reference_to(str(file), tmp_path)["absolute"] == str(file)
+    assert reference_to("nowhere/at/all/tiny.gguf", tmp_path) is None
 
 
 @pytest.mark.parametrize("size", [0, 3, 200, 5000, -100])

@@ -10,13 +10,13 @@ from peft import PeftModel
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.trie import TrieDecoder
 from emorl.config import UserError
+from emorl.config.base import QuantizationConfig
 from emorl.config.experiment import (
     BaseConfig,
     CollapseConfig,
     DataConfig,
     Experiment,
     ObjectiveConfig,
-    QuantizationConfig,
     TrainConfig,
 )
 from emorl.fusion.loaded import loaded_adapters

@@ -1,14 +1,27 @@
 """What a later stage could not combine is refused before training, and so is what PEFT would refuse."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from emorl.config import UserError
-from emorl.config.experiment import BaseConfig, TrainConfig
+from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
 from emorl.policies.adapters import check_adapter_fits, read_adapter
+from emorl.runs.progress import Silent
 from emorl.training.lora import leaves_out_experts, lora_config
+from tests.training.trained import train
+
+
+class Listener(Silent):
+    def __init__(self):
+        self.said = []
+
+    def say(self, line):
+        self.said.append(line)
+
 
 DEFAULT = TrainConfig().lora
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
@@ -81,6 +94,17 @@ def test_what_is_let_through_trains_an_adapter_that_is_read(base, settings, tmp_
     check_adapter_fits(read_adapter(tmp_path), make_causal_model())
 
 
+def test_a_model_of_the_callers_own_kind_is_tried_too_and_stays_as_it_is(make_causal_model):
+    class Mine(type(make_causal_model())):
+        """No auto class knows it."""
+
+    config = make_causal_model().config
+    model = Mine(config)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert lora_config(TrainConfig(), BaseConfig(model=model)).r == 16
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_trying_the_settings_draws_no_random_numbers(base):
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -103,6 +127,27 @@ def test_of_a_mixture_of_experts_everything_is_everything_but_the_experts(family
     assert modules
     assert not adapted.peft_config["default"].target_parameters
     assert all("attn" in name or "attention" in name for name in modules)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL 1.16 uses names that transformers 5.23 has renamed
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_policy_of_a_mixture_is_trained_and_what_is_left_out_is_said(tmp_path, tokenizer):
+    config = CONFIG_MAPPING["mixtral"](**SIZES | {"vocab_size": len(tokenizer)}, num_local_experts=4, intermediate_size=48)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
+    experiment = Experiment(
+        output=tmp_path / "run",
+        base=BaseConfig(model=str(tmp_path / "base")),
+        data=DataConfig(path=str(tmp_path / "prompts.jsonl"), validation=4, test=4),
+        objectives={"varied": ObjectiveConfig(function="distinct_2")},
+        generation={"max_new_tokens": 4, "do_sample": False},
+        train=TrainConfig(grpo={"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4}),
+    )
+    progress = Listener()
+    policy = read_adapter(train(experiment, "varied", progress) / "policy")
+    assert set(policy.factors) == {f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"}
+    assert sum("all linear layers but those in the base's blocks of experts" in line for line in progress.said) == 1
 
 
 def test_experts_that_are_named_are_refused(tmp_path):
