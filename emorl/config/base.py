@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from emorl.config.objects import TextOrObject, is_object, short_form
 
-_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=_strict)

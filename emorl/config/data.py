@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from emorl.config.objects import TextOrObject, short_form
 
-_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 _RENDERED = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "loop", "self")
 
@@ -32,7 +32,7 @@ class DataConfig:
     """prompts kept for validation while training and for the search"""
     test: int = Field(default=32, ge=2)
     """prompts kept for the final comparison; neither training nor search sees them"""
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0)
     """seed of the splits; the experiment's by default. `emorl compare` keeps it while it varies the others"""
     validation_path: TextOrObject | None = None
     """a file or hub id of its own for the validation prompts"""

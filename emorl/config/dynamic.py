@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 AgentKind = Literal["ppo", "mappo"]
 

@@ -21,7 +21,7 @@ from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
 from emorl.config.objects import TextOrObject, short_form
 from emorl.config.yaml import apply_overrides, parse, read_yaml
 
-_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -243,7 +243,7 @@ class Experiment:
     """the prompts"""
     objectives: dict[str, ObjectiveConfig]
     """name -> objective; one policy is trained for each"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """seed of splits, training, sampling and search"""
     generation: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 64, "do_sample": False})
     """straight to transformers' generate() in search, evaluation and `emorl generate`"""
@@ -275,10 +275,11 @@ class Experiment:
                 raise ValueError(
                     f"objectives: {name!r} cannot name an objective; use letters, digits and _, but no column of the results"
                 )
-        unknown = sorted(set(self.value.preferences) - set(self.objectives))
-        if unknown:
-            raise ValueError(f"value.preferences names {unknown}, but the objectives are {sorted(self.objectives)}")
-        for where, preferences in (("train", self.train.preferences), *(("compare", one) for one in self.compare.preferences)):
+        for where, preferences in (
+            ("train", self.train.preferences),
+            ("value", self.value.preferences),
+            *(("compare", one) for one in self.compare.preferences),
+        ):
             _check_preferences(where, preferences, list(self.objectives))
         if self.fuse.strata is not None and (
             self.value.scalarize not in ("mean", "weighted") or self.generation.get("do_sample") or self.search.samples > 1

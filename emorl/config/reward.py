@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from emorl.config.experiment import Experiment
 from emorl.config.yaml import apply_overrides, parse, read_yaml
 
-_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=_strict)

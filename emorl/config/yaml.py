@@ -65,8 +65,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give the path of the command's YAML file (--help lists its keys)")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split()):.300}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of blocks such as `base:` and `objectives:`, got {content!r:.60}")
     return content
@@ -85,7 +85,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
             raise UserError(f"override {override!r}: expected dotted.key=value, for example search.levels=3")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
         *parents, last = dotted.split(".")
         block = result
@@ -136,6 +136,7 @@ _EXPECTED = {
     **dict.fromkeys(("list_type", "tuple_type"), "a list, such as [1, 2]"),
     **dict.fromkeys(("dict_type", "mapping_type", "dataclass_type"), "a block with keys of its own, such as {{key: value}}"),
     "literal_error": "{expected}",
+    "finite_number": "a finite number",
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "a number of at least {ge:g}",
     "less_than": "a number below {lt:g}",

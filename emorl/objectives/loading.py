@@ -207,6 +207,14 @@ def _check_options(where: str, function: Callable[..., Any], options: Mapping[st
         for option in options:
             if option not in parameters:
                 raise UserError(f"{where}: unknown option {option!r}; {nearest(option, parameters)}")
+    if not isinstance(function, type):
+        try:
+            inspect.signature(function).bind_partial(prompts=[], completions=[])
+        except TypeError:
+            raise UserError(
+                f"{where}: {shown_name(function)} cannot be given prompts and completions by name; end its arguments with "
+                "**columns, as TRL's reward functions do"
+            ) from None
     if isinstance(function, type):
         for option, parameter in parameters.items():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)

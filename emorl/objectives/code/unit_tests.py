@@ -90,7 +90,7 @@ def _warn(missing: str) -> None:
     logger.warning("unit_tests: this system does not give the code under test %s; run it in a container", missing)
 
 
-@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False))
 class UnitTests:
     """1 where the completion's code passes all of its row's tests, else 0; with `partial`, the share of the tests it passes.
 

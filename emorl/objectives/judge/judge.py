@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _LARGEST_RANGE = 1000
 
 
-@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False))
 class Judge:
     """Scores in [0, 1]: the place on the scale (`mode: score`), or the probability that the completion is better than a
     reference, asked in both orders (`mode: pairwise`; a tie is 0.5).

@@ -43,7 +43,7 @@ def _is_punctuation(mark: str) -> bool:
     return mark in string.punctuation or unicodedata.category(mark).startswith("P")
 
 
-@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False))
 class ExactMatch:
     """1 where the completion is the reference, or one of several accepted ones, after normalisation, else 0; with
     `separator`, the share of the reference's parts that stand at their place.

@@ -167,7 +167,7 @@ def reference_number(text: str, markers: Sequence[str] = MARKERS) -> Fraction | 
     return last_number(text, markers)
 
 
-@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False))
 class NumericAnswer:
     """1 where the number that the completion ends on is the reference's, else 0: also without a number.
 
