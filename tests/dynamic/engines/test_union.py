@@ -409,8 +409,6 @@ def test_mistakes_are_refused_in_one_line(trio, make_causal_model, make_seq2seq_
         UnionEngine([model], [tokenizer], names=["a"], top_k=0)
     with pytest.raises(ValueError, match="'t5' is a T5ForConditionalGeneration"):
         UnionEngine([make_seq2seq_model()], [tokenizer], names=["t5"])
-    with pytest.raises(ValueError, match="forget old tokens"):
-        UnionEngine([make_causal_model("mistral")], [tokenizer], names=["sliding"])
     with pytest.raises(ValueError, match="its tokenizer more"):
         UnionEngine([make_causal_model(vocab_size=40)], [words], names=["small"])
     unreadable = deepcopy(tokenizer)
