@@ -127,12 +127,12 @@ class Reader:
                 kept[place], transcript.read = start, end
         return chunks, kept
 
-    def scores(self, rows: list[int]) -> Tensor:
-        """`logits` (A, V) of some texts, as the model's own generation settings leave them."""
+    def processed(self, rows: list[int], logits: Tensor) -> Tensor:
+        """Logits (A, V) of some texts, as the model's own generation settings leave them."""
         if not any(self._processors):
-            return self.logits[rows]
-        ids = [torch.tensor([self.transcripts[row].ids], device=self.logits.device) for row in rows]
-        parts = [self._processors[row](own, self.logits[row, None].clone()) for row, own in zip(rows, ids, strict=True)]
+            return logits
+        ids = [torch.tensor([self.transcripts[row].ids], device=logits.device) for row in rows]
+        parts = [self._processors[row](ids[place], logits[place, None]) for place, row in enumerate(rows)]  # pyright: ignore
         return torch.cat(parts)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 

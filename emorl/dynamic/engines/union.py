@@ -194,7 +194,8 @@ class UnionWriting:
         """`UnionEngine.candidates` of some texts, by the models that are run for them."""
         distributions = []
         for i, reader in enumerate(self._readers):
-            known = self._engine.union.probabilities(i, reader.scores(rows).to(self._engine.device))
+            scores = reader.processed(rows, self._engine.union.writable(i, reader.logits[rows]))
+            known = self._engine.union.probabilities(i, scores.to(self._engine.device))
             distributions.append(known * active[rows, i, None].to(known))
         return self._engine.candidates(distributions)
 
