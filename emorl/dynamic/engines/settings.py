@@ -4,6 +4,7 @@ Penalties, suppressed and forced tokens, lengths and top_k change scores here to
 (guidance, which reads each text twice) or said once (beams, stop strings, other ways of sampling).
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -35,11 +36,8 @@ def check_settings(name: str, model: PreTrainedModel) -> None:
     others = {key: getattr(config, key) for key in ("stop_strings", "max_time") if getattr(config, key)}
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or others:
-        logger.warning(
-            "%s asks for %s in its generation_config; a dynamic ensemble writes by greedy search or sampling without it",
-            name,
-            others or mode.value,
-        )
+        wanted = others or mode.value
+        _say(f"{name} asks for {wanted} in its generation_config; a dynamic ensemble decodes greedily or samples without it")
 
 
 def say_sampling(name: str, model: PreTrainedModel, decoding: Decoding) -> None:
@@ -47,9 +45,14 @@ def say_sampling(name: str, model: PreTrainedModel, decoding: Decoding) -> None:
     config = model.generation_config
     settings = {key: getattr(config, key, None) for key in _SAMPLING}
     used = {"temperature": decoding.temperature, "top_p": decoding.top_p}
-    ignored = {key: value for key, value in settings.items() if value is not None and value != used.get(key, 1.0)}
+    ignored = {key: value for key, value in settings.items() if value and value != used.get(key, 1.0)}
     if decoding.temperature > 0 and ignored:
-        logger.warning("%s asks for %s in its generation_config; texts are sampled with %s", name, ignored, used)
+        _say(f"{name} asks for {ignored} in its generation_config; texts are sampled with {used}")
+
+
+@functools.cache  # once, not for each batch
+def _say(line: str) -> None:
+    logger.warning(line)
 
 
 def processors_of(
