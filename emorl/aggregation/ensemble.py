@@ -10,8 +10,9 @@ encoder-decoder, each policy's encoder runs once, not once per token.
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +23,15 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from emorl.aggregation.capabilities import CAPABILITIES
+from emorl.aggregation.given_weights import Vector, Weights, in_order, say_other_sum, weight_rows
 from emorl.aggregation.policy_encoder import PolicyEncoder, batch_of
 from emorl.aggregation.row_cache import RowCache, has_only_full_attention
 from emorl.aggregation.saved import (
@@ -48,7 +53,6 @@ from emorl.aggregation.stacked_lora import (
     policy_rows,
     stack_adapters,
 )
-from emorl.config import UserError, nearest
 from emorl.policies.adapters import Adapter, base_fingerprint
 from emorl.policies.base import quantization_of
 from emorl.policies.placement import device_of
@@ -56,11 +60,6 @@ from emorl.policies.placement import device_of
 BASE_POLICY = "base"
 _NEEDED_OF_DECODERS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 _NEEDED_OF_ENCODER_DECODERS = ("attention_mask", "decoder_attention_mask", "encoder_outputs", "past_key_values")
-
-Vector = Sequence[float] | Mapping[str, float]
-"""one weight for each policy: in policy order (K,), or by name"""
-
-Weights = Vector | Sequence[Vector] | Tensor
 
 
 class AdapterMixture(PreTrainedModel, GenerationMixin):
@@ -73,10 +72,6 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
     """
 
     main_input_name = "input_ids"
-    _supports_sdpa = True  # attention is the base's own; transformers asks the outer model
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _lora_layer: type[nn.Module]
     tokenizer: PreTrainedTokenizerBase | None = None
     """what was saved beside it; None where nothing was"""
@@ -100,6 +95,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             raise ValueError(f"A policy is named {BASE_POLICY!r}, as include_base names the bare base; rename it.")
         bare = {BASE_POLICY: Adapter(Path(), {}, None, None)} if include_base else {}
         policies = stack_adapters(base_model, [*adapters.values(), *bare.values()], self._lora_layer).eval()
+        vars(self).update({name: getattr(policies, name) for name in CAPABILITIES})
         super().__init__(policies.config)  # no post_init(): it would initialise the base's parameters again
         self.policies = policies
         self.generation_config = deepcopy(base_model.generation_config)
@@ -107,6 +103,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         self.adapter_paths = {name: adapter.path for name, adapter in adapters.items()}
         self.adapter_scales = {name: adapter.scale for name, adapter in adapters.items()}
         self.include_base = include_base
+        self._has_said_sum = False
         self._base_fingerprint = base_fingerprint(base_model)
         self.weights = [1 / len(self.policy_names)] * len(self.policy_names) if weights is None else weights
         self.eval()
@@ -196,6 +193,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("encoder_outputs"))
         batch = next((len(tensor) if torch.is_tensor(tensor) else len(tensor[0]) for tensor in given if tensor is not None), 1)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)
+        self._has_said_sum = self._has_said_sum or say_other_sum(rows)
         active = tuple((rows != 0).any(0).nonzero().flatten().tolist())
         with mixing(rows, active):  # the encoder runs in here, before any forward of ours
             # As rows, weights are repeated by transformers with their sequence for beams and return sequences.
@@ -239,8 +237,18 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, *args, **kwargs
         )
 
-    def _supports_logits_to_keep(self) -> bool:  # called by generate()
-        return not self.config.is_encoder_decoder
+    def _get_logits_processor(  # called by generate()
+        self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        """transformers' own; guidance asks this model once more, without the prompt, and does so with the same weights."""
+        processors = super()._get_logits_processor(  # pyright: ignore[reportAttributeAccessIssue]
+            *args, model_kwargs=model_kwargs, **kwargs
+        )
+        mixed = {name: (model_kwargs or {}).get(name) for name in ("weights", "active")}
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = partial(self, **mixed)
+        return processors
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The base family's own preparation of masks, positions and cache."""
@@ -249,33 +257,12 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         )
 
     def in_order(self, weights: Any) -> Any:
-        """Weights by policy name, or a sequence of such mappings, as numbers in policy order; what is not named is 0."""
-        if isinstance(weights, Mapping):
-            unknown = [name for name in weights if name not in self.policy_names]
-            if unknown:
-                raise UserError(f"weights name {unknown[0]!r}, which is no policy; {nearest(unknown[0], self.policy_names)}")
-            return [float(weights.get(name, 0.0)) for name in self.policy_names]
-        if isinstance(weights, Sequence) and any(isinstance(row, Mapping) for row in weights):
-            return [self.in_order(row) for row in weights]
-        return weights
+        """As `given_weights.in_order`."""
+        return in_order(weights, self.policy_names)
 
     def _weights_by_row(self, weights: Weights, batch: int) -> Tensor:
         """Checked weights (B, K) in float32 on the model's device."""
-        rows = torch.as_tensor(self.in_order(weights), dtype=torch.float32)
-        policies = len(self.policy_names)
-        if tuple(rows.shape) not in ((policies,), (batch, policies)):
-            raise ValueError(
-                f"Got weights of shape {tuple(rows.shape)}; expected {(policies,)}, one for each policy of "
-                f"{list(self.policy_names)}, or {(batch, policies)}, one such row for each sequence."
-            )
-        rows = rows.expand(batch, policies)
-        if not bool(rows.isfinite().all()):
-            raise ValueError(f"Got weights {rows.tolist()}; expected finite numbers.")
-        if bool((rows == 0).all(1).any()):
-            raise ValueError(f"Got weights {rows.tolist()}; a row of zeros gives no policy any weight.")
-        if not self.include_base and bool((rows < 0).any()):
-            raise ValueError(f"Got weights {rows.tolist()}; expected at least 0: to subtract, set include_base=True.")
-        return rows.to(self.device)
+        return weight_rows(weights, batch, self.policy_names, self.include_base).to(self.device)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings all policies share."""

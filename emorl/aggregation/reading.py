@@ -11,21 +11,34 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
-from emorl.aggregation.row_cache import RowCache, RowLayer
+from emorl.aggregation.row_cache import RowCache, RowLayer, has_only_attention
 from emorl.aggregation.stacked_lora import mixing
 
 Active = tuple[int, ...] | None
 """The policies that are computed, ascending; None: all."""
 
 
+def check_cache(ensemble: HiddenStateEnsemble) -> None:
+    """Refuses bases whose layers keep a state instead of tokens: ValueError."""
+    config = ensemble.config.get_text_config(decoder=True)
+    if not has_only_attention(config):
+        raise ValueError(
+            f"{config.model_type} has layers that keep a state instead of keys and values; the trie and dynamic ensembles "
+            "need attention in every layer: use generate(), or another base."
+        )
+
+
 class CausalReader:
     """Prompts are the beginning of what is decoded."""
 
     across: list[tuple[Tensor, Tensor]] = []  # noqa: RUF012 (an encoder-decoder has some)
+    source: Tensor | None = None
+    """what an encoder reads"""
 
     def __init__(self, ensemble: HiddenStateEnsemble, input_ids: Tensor, attention_mask: Tensor) -> None:
         self._ensemble, self._policies = ensemble, len(ensemble.policy_names)
-        self._ids, self.mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
+        self.begun, self.mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
+        check_cache(ensemble)
         if not bool(self.mask[:, -1].all()):
             raise ValueError("Got prompts padded on the right; expected the left (padding_side='left').")
 
@@ -33,7 +46,7 @@ class CausalReader:
         """Layers with keys of (P*K, heads, S, D), the mask (P, S) of their tokens, last hidden states (P, K, H)."""
         mask = self.mask[which]
         used = mask.any(0)
-        mask, ids, cache = mask[:, used], self._ids[which][:, used], RowCache()
+        mask, ids, cache = mask[:, used], self.begun[which][:, used], RowCache()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self._forward(ids, mask, positions, cache)
         return _rows_of(cache), mask, hidden
@@ -72,16 +85,17 @@ class Seq2SeqReader:
 
     def __init__(self, ensemble: HiddenStateEnsemble, input_ids: Tensor, attention_mask: Tensor) -> None:
         self._ensemble, self._policies = ensemble, len(ensemble.policy_names)
-        self._ids, self._source_mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
+        self.source, self._source_mask = input_ids.to(ensemble.device), attention_mask.to(ensemble.device)
         self.mask = torch.ones(len(input_ids), 1, dtype=torch.long, device=ensemble.device)
         start: Any = ensemble.generation_config.decoder_start_token_id
-        self._start = ensemble.config.decoder_start_token_id if start is None else start
+        start = ensemble.config.decoder_start_token_id if start is None else start
+        self.begun = self.mask * start  # (P, 1)
         self.across: list[tuple[Tensor, Tensor]] = []  # keys and values over the source, (P, K, heads, S, D)
 
     def read_prompts(self, which: slice) -> tuple[list[RowLayer], Tensor, Tensor]:
         """As `CausalReader.read_prompts`, of the start token; keeps the keys and values over the source."""
-        ids, mask = (tensor[which].repeat_interleave(self._policies, 0) for tensor in (self._ids, self._source_mask))
-        cache, start = EncoderDecoderCache(RowCache(), RowCache()), self.mask[which] * self._start
+        ids, mask = (tensor[which].repeat_interleave(self._policies, 0) for tensor in (self.source, self._source_mask))
+        cache, start = EncoderDecoderCache(RowCache(), RowCache()), self.begun[which]
         with mixing(torch.empty(0), aggregate=False):
             states = self._ensemble.policies.get_encoder()(input_ids=ids, attention_mask=mask)[0]
         hidden = self._forward(start, self.mask[which], cache, mask, states)

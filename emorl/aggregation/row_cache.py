@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _ROOM = 64  # token places allocated beyond what is needed now, at least
 
@@ -101,3 +101,9 @@ class RowCache(DynamicCache):
 def has_only_full_attention(config: PreTrainedConfig) -> bool:
     """Whether every layer of a model keeps all tokens in its cache."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def has_only_attention(config: PreTrainedConfig) -> bool:
+    """Whether a `RowCache` serves a model: every layer attends to tokens, all or those in a window. State-space and linear
+    layers keep a state instead, which cannot be split nor cut back."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)

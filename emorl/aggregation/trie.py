@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from emorl.aggregation.ensemble import AdapterMixture, HiddenStateEnsemble, Weights
 from emorl.aggregation.prefixes import UNKNOWN, Array, Choices, PrefixTree, Store, highest, undominated
 from emorl.aggregation.reading import CausalReader, Seq2SeqReader
-from emorl.aggregation.row_cache import RowLayer
+from emorl.aggregation.row_cache import RowLayer, has_only_attention
 from emorl.aggregation.stacked_lora import AggregatingHead
 
 _PROMPTS_AT_ONCE = 64
@@ -41,6 +41,8 @@ def plain_greedy(ensemble: AdapterMixture, generation: Mapping[str, Any]) -> dic
     if others or config.max_new_tokens is None or config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
         return None
     if config.stop_strings or config.max_time or config.cache_implementation:
+        return None
+    if not has_only_attention(ensemble.config.get_text_config(decoder=True)):
         return None
     if any(name.endswith("final_logits_bias") for name, _ in ensemble.named_buffers()):
         return None  # BART: a bias behind the head, and positions that count from the start of a cache

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emorl.aggregation.row_cache import RowCache, has_only_full_attention
+from emorl.aggregation.row_cache import RowCache, has_only_attention, has_only_full_attention
+from emorl.dynamic.engines.engine import Decoding
+from emorl.dynamic.engines.settings import check_settings, processors_of, say_sampling
 from emorl.dynamic.engines.vocabulary import Transcript
 
 _NEEDED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
@@ -21,7 +23,7 @@ class Reader:
     a row's tokens, positions are counted by row.
     """
 
-    def __init__(self, name: str, model: PreTrainedModel, transcripts: Sequence[Transcript]) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, transcripts: Sequence[Transcript], decoding: Decoding) -> None:
         """Nothing is read yet. `transcripts` may grow between calls."""
         self._model, self.transcripts = model, transcripts
         config = model.config.get_text_config()
@@ -31,6 +33,10 @@ class Reader:
                 raise ValueError(
                     f"Prompt {row} has {len(transcripts[row].ids)} tokens for model {name!r}; expected 1 to {self._room}."
                 )
+        self._has_windows = not has_only_full_attention(config)
+        say_sampling(f"model {name!r}", model, decoding)
+        prompts = [torch.tensor([transcript.ids], device=model.device) for transcript in transcripts]
+        self._processors = [processors_of(model, decoding, prompt, None) for prompt in prompts]
         self.logits = torch.zeros(len(transcripts), config.vocab_size, device=model.device)  # (B, V) of the next token
         self.states = torch.zeros(len(transcripts), config.hidden_size, device=model.device)  # (B, H) where texts end
         self._rows: list[int] = []
@@ -44,8 +50,11 @@ class Reader:
 
     def open(self, rows: list[int]) -> None:
         """Makes `rows` the batch, in one piece."""
-        if rows == self._rows and self._held.shape[1] <= 2 * max(self._held.sum(1).tolist(), default=0):
-            return
+        if rows != self._rows or self._held.shape[1] > 2 * max(self._held.sum(1).tolist(), default=0):
+            self._pack(rows)
+
+    def _pack(self, rows: list[int]) -> None:
+        """Makes `rows` the batch, whose tokens in the cache end at its last place, without gaps."""
         for place, row in enumerate(self._rows):
             held = self._held[place].to(self._model.device)
             self._aside[row] = [(layer.keys[place][:, held], layer.values[place][:, held]) for layer in self._cache.layers]  # type: ignore
@@ -75,13 +84,12 @@ class Reader:
         behind = [row for row in rows if self.transcripts[row].read < len(self.transcripts[row].ids)]
         if not behind:
             return
-        chunks, kept = [], self._held.sum(1)
-        for place, row in enumerate(self._rows):
-            transcript = self.transcripts[row]
-            chunks.append(transcript.ids[transcript.read :] if row in behind else [])
-            if row in behind:
-                kept[place], transcript.read = transcript.read, len(transcript.ids)
+        chunks, kept = self._chunks(behind)
         order = self._held.cumsum(1)  # (R, S), from 1 within a row's tokens
+        if self._has_windows and bool((kept < self._held.sum(1)).any()):
+            self._held &= order <= kept[:, None]
+            self._pack(self._rows)
+            order = self._held.cumsum(1)
         new = pad_sequence([torch.ones(len(chunk)) for chunk in chunks], True, padding_side="left").bool()  # (R, N)
         ids = pad_sequence([torch.tensor(chunk, dtype=torch.long) for chunk in chunks], True, padding_side="left")
         self._held = torch.cat([self._held & (order <= kept[:, None]), new], 1)
@@ -102,6 +110,31 @@ class Reader:
         if self._held.shape[1] > 2 * max(len(self.transcripts[row].ids) for row in self._rows):
             self.open(self._rows)
 
+    def _chunks(self, behind: list[int]) -> tuple[list[list[int]], Tensor]:
+        """Of each row of the batch the tokens to be read, and how many of those in the cache stay, (R,).
+
+        A window is counted in places, so a row may have no gaps there: all rows read equally many tokens, known ones again.
+        """
+        transcripts = [self.transcripts[row] for row in self._rows]
+        most = max(len(self.transcripts[row].ids) - self.transcripts[row].read for row in behind)
+        chunks, kept = [], self._held.sum(1)
+        for place, (row, transcript) in enumerate(zip(self._rows, transcripts, strict=True)):
+            start, end = transcript.read, len(transcript.ids) if row in behind else transcript.read
+            if self._has_windows:
+                start = max(0, end - most)
+            chunks.append(transcript.ids[start:end])
+            if self._has_windows or row in behind:
+                kept[place], transcript.read = start, end
+        return chunks, kept
+
+    def processed(self, rows: list[int], logits: Tensor) -> Tensor:
+        """Logits (A, V) of some texts, as the model's own generation settings leave them."""
+        if not any(self._processors):
+            return logits
+        ids = [torch.tensor([self.transcripts[row].ids], device=logits.device) for row in rows]
+        parts = [self._processors[row](ids[place], logits[place, None]) for place, row in enumerate(rows)]  # pyright: ignore
+        return torch.cat(parts)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
 
 def check_reader(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses models whose cache cannot be kept by row, and tokenizers that are not theirs."""
@@ -111,8 +144,12 @@ def check_reader(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         raise ValueError(
             f"Model {name!r} is a {type(model).__name__}; different models write together as decoders with a cache."
         )
-    if not has_only_full_attention(config):
-        raise ValueError(f"Model {name!r} is a {config.model_type} whose layers forget old tokens; expected full attention.")
+    if not has_only_attention(config) or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"Model {name!r} is a {config.model_type} whose layers keep a state or see tokens in chunks; expected full or "
+            "sliding-window attention."
+        )
+    check_settings(f"model {name!r}", model)
     most = max(tokenizer.get_vocab().values())
     if most >= config.vocab_size:
         raise ValueError(f"Model {name!r} has {config.vocab_size} tokens and its tokenizer more: {most + 1}; is it its own?")

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedTokenizerBase
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
-from emorl.aggregation.reading import CausalReader, Seq2SeqReader
+from emorl.aggregation.reading import CausalReader, Seq2SeqReader, check_cache
 from emorl.aggregation.row_cache import RowLayer
 from emorl.aggregation.stacked_lora import AggregatingHead, policy_rows
 from emorl.dynamic.engines.engine import SIGNALS, Decoding, check_weights, distribution_signals, end_tokens
 from emorl.dynamic.engines.sampling import choose, random_numbers
+from emorl.dynamic.engines.settings import check_settings, processors_of, say_sampling
 from emorl.policies.prompts import decode, encode
 
 _Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer
@@ -36,6 +37,8 @@ class StackedEngine:
                 f"{ensemble.config.model_type} adds a bias behind its head, and counts positions from the start of a cache; "
                 "a dynamic ensemble needs another base, such as T5 or a decoder."
             )
+        check_cache(ensemble)
+        check_settings("the base", ensemble)
         self.ensemble, self.tokenizer = ensemble, tokenizer
         self.names, self.device = ensemble.policy_names, ensemble.device
         self.state_width: int = ensemble.config.get_text_config(decoder=True).hidden_size
@@ -57,6 +60,9 @@ class StackedWriting:
         kind = Seq2SeqReader if engine.ensemble.config.is_encoder_decoder else CausalReader
         self._reader = kind(engine.ensemble, inputs["input_ids"], inputs["attention_mask"])  # type: ignore[arg-type]
         layers, self._mask, self._hidden = self._reader.read_prompts(slice(None))  # (A, T), (A, K, H)
+        say_sampling("the base", engine.ensemble, decoding)
+        self._begun = self._reader.begun
+        self._process = processors_of(engine.ensemble, decoding, self._begun, self._reader.mask, self._reader.source)
         self._positions = self._mask.sum(1, keepdim=True)  # (A, 1) of the next token
         self._room = self._mask.shape[1] + decoding.max_new_tokens
         self._open = torch.arange(len(prompts), device=device)  # (A,) which texts these are
@@ -126,6 +132,7 @@ class StackedWriting:
             of_active = self._weights[:, list(self._active)].to(torch.promote_types(self._hidden.dtype, torch.float32))
             mixed = torch.einsum("akh,ak->ah", self._hidden.to(of_active.dtype), of_active)
             logits = self._logits(mixed.to(self._hidden.dtype))  # (A, V)
+            logits = self._processed(logits)
             tokens = choose(logits, self._decoding, self._uniform[self._open, self._steps])  # (A,)
             self._append(tokens)
             if not len(self._open):
@@ -135,6 +142,15 @@ class StackedWriting:
         head = self._engine.ensemble.policies.get_output_embeddings()
         assert isinstance(head, AggregatingHead)
         return head.head(hidden)
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """Scores (A, V) as the base's own generation settings leave them: processors know the texts by their place."""
+        if not self._process:
+            return logits
+        scores = logits.new_zeros(len(self._begun), logits.shape[1], dtype=torch.float32)
+        scores[self._open] = logits.float()
+        ids: Any = torch.cat([self._begun, self._written[:, : self._steps]], 1)
+        return self._process(ids, scores)[self._open]  # pyright: ignore[reportArgumentType]
 
     def _append(self, tokens: Tensor) -> None:
         """Adds tokens (A,) to the open texts and reads them."""

@@ -98,6 +98,7 @@ class UnionWriting:
                 name,
                 model,
                 [Transcript(spelling, _prompt_ids(tokenizer, prompt)) for prompt in prompts],
+                decoding,
             )
             for name, model, tokenizer, spelling in zip(
                 engine.names, engine.models, engine.tokenizers, engine.union.spellings, strict=True
@@ -193,7 +194,8 @@ class UnionWriting:
         """`UnionEngine.candidates` of some texts, by the models that are run for them."""
         distributions = []
         for i, reader in enumerate(self._readers):
-            known = self._engine.union.probabilities(i, reader.logits[rows].to(self._engine.device))
+            scores = reader.processed(rows, self._engine.union.writable(i, reader.logits[rows]))
+            known = self._engine.union.probabilities(i, scores.to(self._engine.device))
             distributions.append(known * active[rows, i, None].to(known))
         return self._engine.candidates(distributions)
 

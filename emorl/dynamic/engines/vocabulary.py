@@ -206,12 +206,15 @@ class UnionVocabulary:
     def __len__(self) -> int:
         return len(self.strings)
 
+    def writable(self, model: int, logits: Tensor) -> Tensor:
+        """A model's logits (B, V) in float32, -inf where a token is no string, as special tokens but the end are."""
+        self._suppressed[model] = self._suppressed[model].to(logits.device)
+        return logits.float().masked_fill(self._suppressed[model], -torch.inf)
+
     def probabilities(self, model: int, logits: Tensor) -> Tensor:
         """A model's distribution over the union, (B, U) in float32, for its logits (B, V)."""
-        self._index[model], self._suppressed[model] = (
-            part[model].to(logits.device) for part in (self._index, self._suppressed)
-        )
-        own = logits.float().masked_fill(self._suppressed[model], -torch.inf).softmax(-1)
+        own = self.writable(model, logits).softmax(-1)
+        self._index[model] = self._index[model].to(logits.device)
         return own.new_zeros(len(own), len(self)).index_add_(1, self._index[model], own)
 
     def first_tokens(self, model: int) -> Tensor:

@@ -1,45 +1,17 @@
 """Different models that write together: against each model alone, a slow reference without caches, and models made to order."""
 
-import json
 from copy import deepcopy
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import decoders
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from emorl.dynamic.engines.engine import SIGNALS, Decoding
 from emorl.dynamic.engines.union import VOCABULARIES, UnionEngine
 from emorl.dynamic.engines.vocabulary import UnionVocabulary, is_complete
 
 PROMPTS = ["Hello there", "How are you, my friend?", "ö", "Tell me a story about the sea and the wind"]
-TEXTS = ["hello there, how are you, my friend?", "tell me a story about the sea and the wind", "Größe 中文 hello"]
-
-
-@pytest.fixture(scope="module")
-def words():
-    """As Llama 2: words, single letters, and bytes for all other letters."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=80, show_progress=False))
-    vocabulary = {token: i + 3 for token, i in backend.get_vocab().items()} | {"<pad>": 0, "</s>": 1, "<unk>": 2}
-    fallback = [*range(128, 256), *(value for value in range(128) if chr(value) not in vocabulary and value != ord(" "))]
-    vocabulary |= {f"<0x{value:02X}>": len(vocabulary) + i for i, value in enumerate(fallback)}
-    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
-@pytest.fixture(scope="module")
-def letters():
-    """Single letters without byte fallback; padding on the right, as many tokenizers come."""
-    names = ["<pad>", "</s>", "<unk>", "▁", *sorted({letter for text in TEXTS for letter in text} - {" "})]
-    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    options = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "right"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 @pytest.fixture(scope="module")
@@ -409,8 +381,6 @@ def test_mistakes_are_refused_in_one_line(trio, make_causal_model, make_seq2seq_
         UnionEngine([model], [tokenizer], names=["a"], top_k=0)
     with pytest.raises(ValueError, match="'t5' is a T5ForConditionalGeneration"):
         UnionEngine([make_seq2seq_model()], [tokenizer], names=["t5"])
-    with pytest.raises(ValueError, match="forget old tokens"):
-        UnionEngine([make_causal_model("mistral")], [tokenizer], names=["sliding"])
     with pytest.raises(ValueError, match="its tokenizer more"):
         UnionEngine([make_causal_model(vocab_size=40)], [words], names=["small"])
     unreadable = deepcopy(tokenizer)
