@@ -22,6 +22,7 @@ pytestmark = pytest.mark.realmodel
 NAMES = ["smollm2", "gemma3"]
 STEPS, UNION_STEPS = 16, 8
 PROMPTS = ["Write one sentence about the sea.", "What is 17 + 25?", "I lost my job last week and I cannot sleep."]
+LONG = "The sea was grey, and the boats came home one by one. " * 45
 SCRIPTS = {
     "latin": "Über die schönen Äpfel schrieb Zoë: «naïve façade»",
     "cyrillic": "Расскажи мне о зимнем море",
@@ -86,7 +87,7 @@ def test_all_weight_on_one_policy_is_peft_token_for_token_and_logit_for_logit(ca
 
 @torch.no_grad()
 def test_a_prompt_longer_than_gemmas_window_is_read_as_peft_reads_it(case):
-    inputs = case.encode(["The sea was grey, and the boats came home one by one. " * 45])
+    inputs = case.encode([LONG])
     assert inputs["input_ids"].shape[1] > 512
     case.peft.set_adapter("1")
     expected = case.peft.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -142,3 +143,9 @@ def test_both_write_every_script_as_they_do_when_all_is_read_anew_at_each_step(e
     found = data_of(written(engine, prompts, schedule, max_new_tokens=UNION_STEPS))
     assert found == [SlowReference(engine, prompt).write(schedule, UNION_STEPS) for prompt in prompts]
     assert any(byte > 127 for data in found for byte in data)
+
+
+def test_behind_a_prompt_longer_than_gemmas_window_each_writes_as_alone(engine):
+    for which, weights in enumerate(([1.0, 0.0], [0.0, 1.0])):
+        writing = written(engine, [LONG], [(weights, 5)], max_new_tokens=UNION_STEPS)
+        assert (data_of(writing)[0], writing.tokens[0]) == alone(engine, which, LONG)
