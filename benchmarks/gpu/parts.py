@@ -113,7 +113,7 @@ def tests(case: Case) -> Iterator[Row]:
 
 def train(case: Case) -> Iterator[Row]:
     """Two policies, five steps each, in bfloat16, by the command a user types."""
-    base, _ = decode.make_policies(case.size, 1, 1, case.folder, dtype=torch.bfloat16)
+    base, _ = decode.make_policies(case.size, 1, 1, case.folder, dtype=torch.bfloat16, device=case.device)
     base.save_pretrained(case.folder / "base")
     bytewise(min(4000, base.config.vocab_size)).save_pretrained(case.folder / "base")
     prompts = "".join(json.dumps({"prompt": f"Tell me about the number {i}, and why."}) + "\n" for i in range(64))

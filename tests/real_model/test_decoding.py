@@ -1,5 +1,6 @@
 """Two real models decode as the libraries they come from: Llama's layers and byte-level tokens, Gemma's windows and pieces."""
 
+import functools
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -10,18 +11,18 @@ from peft import PeftModel
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.trie import TrieDecoder
 from emorl.config.experiment import BaseConfig
-from emorl.dynamic.engines.engine import Decoding
 from emorl.dynamic.engines.union import VOCABULARIES, UnionEngine
 from emorl.policies.adapters import read_adapter
 from emorl.policies.base import Base, load_base
 from emorl.policies.prompts import encode, is_chat
-from tests.dynamic.engines.test_union import SlowReference, alone, data_of, written
+from tests.dynamic.engines.test_union import SlowReference, data_of, written
 
 pytestmark = pytest.mark.realmodel
 
 NAMES = ["smollm2", "gemma3"]
-STEPS = 16
+STEPS, UNION_STEPS = 16, 8
 PROMPTS = ["Write one sentence about the sea.", "What is 17 + 25?", "I lost my job last week and I cannot sleep."]
+LONG = "The sea was grey, and the boats came home one by one. " * 45
 SCRIPTS = {
     "latin": "Über die schönen Äpfel schrieb Zoë: «naïve façade»",
     "cyrillic": "Расскажи мне о зимнем море",
@@ -86,7 +87,7 @@ def test_all_weight_on_one_policy_is_peft_token_for_token_and_logit_for_logit(ca
 
 @torch.no_grad()
 def test_a_prompt_longer_than_gemmas_window_is_read_as_peft_reads_it(case):
-    inputs = case.encode(["The sea was grey, and the boats came home one by one. " * 45])
+    inputs = case.encode([LONG])
     assert inputs["input_ids"].shape[1] > 512
     case.peft.set_adapter("1")
     expected = case.peft.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -110,35 +111,41 @@ def test_the_trie_gives_each_candidate_what_generate_gives_it(case):
     assert len({tuple(tokens.flatten().tolist()) for tokens in found}) > 2
 
 
-@pytest.fixture(scope="module")
-def union(bases):
-    """Factory: an engine of both models."""
+@pytest.fixture(scope="module", params=VOCABULARIES)
+def engine(request, bases) -> UnionEngine:
+    """Of both models; what begins a string is looked up once, where the slow reference asks at each step."""
     pair = [bases(name) for name in NAMES]
-
-    def make(vocabulary: str) -> UnionEngine:
-        return UnionEngine([one.model for one in pair], [one.tokenizer for one in pair], NAMES, vocabulary=vocabulary, top_k=5)
-
-    return make
+    made = UnionEngine([one.model for one in pair], [one.tokenizer for one in pair], NAMES, vocabulary=request.param, top_k=5)
+    made.union.first_tokens = functools.cache(made.union.first_tokens)
+    return made
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_with_all_weight_a_model_writes_every_script_as_alone(union, vocabulary):
-    engine, prompts = union(vocabulary), list(SCRIPTS.values())
+def alone(engine, which, text):
+    """The bytes and the number of tokens that `generate()` writes, special tokens but the end left out."""
+    model, tokenizer, spelling = engine.models[which], engine.tokenizers[which], engine.union.spellings[which]
+    inputs = encode(tokenizer, [[{"role": "user", "content": text}] if is_chat(tokenizer) else text])
+    ends = model.generation_config.eos_token_id
+    special = [i for i, data in enumerate(spelling.token_bytes) if data is None and i not in [ends, tokenizer.eos_token_id]]
+    options = {"max_new_tokens": UNION_STEPS, "do_sample": False, "suppress_tokens": special}
+    ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+    return b"".join(spelling.token_bytes[id_] or b"" for id_ in ids), len(ids)
+
+
+def test_with_all_weight_a_model_writes_every_script_as_alone(engine):
     for which, weights in enumerate(([1.0, 0.0], [0.0, 1.0])):
-        expected = [alone(engine.models[which], engine.tokenizers[which], prompt, STEPS) for prompt in prompts]
-        writing = written(engine, prompts, [(weights, 5)], max_new_tokens=STEPS)
+        expected = [alone(engine, which, text) for text in SCRIPTS.values()]
+        writing = written(engine, list(SCRIPTS.values()), [(weights, 5)], max_new_tokens=UNION_STEPS)
         assert list(zip(data_of(writing), writing.tokens, strict=True)) == expected
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_both_write_every_script_as_they_do_when_all_is_read_anew_at_each_step(union, vocabulary):
-    engine, prompts = union(vocabulary), list(SCRIPTS.values())
-    schedule = [([0.5, 0.5], 3), ([0.0, 1.0], 2), ([0.6, 0.4], 4)]
-    writing = engine.begin(prompts, Decoding(max_new_tokens=8))
-    for weights, span in [*schedule, *[schedule[-1]] * 5]:
-        writing.write(torch.tensor(weights).expand(len(prompts), -1), span)
-    found = data_of(writing)
-    assert found == [SlowReference(engine, prompt).write(schedule, 8) for prompt in prompts]
-    for data in found:
-        data.decode(errors="strict" if len(data) < 4 else "ignore")
+def test_both_write_every_script_as_they_do_when_all_is_read_anew_at_each_step(engine):
+    prompts, schedule = list(SCRIPTS.values()), [([0.5, 0.5], 3), ([0.0, 1.0], 2), ([0.6, 0.4], 4)]
+    found = data_of(written(engine, prompts, schedule, max_new_tokens=UNION_STEPS))
+    assert found == [SlowReference(engine, prompt).write(schedule, UNION_STEPS) for prompt in prompts]
     assert any(byte > 127 for data in found for byte in data)
+
+
+def test_behind_a_prompt_longer_than_gemmas_window_each_writes_as_alone(engine):
+    for which, weights in enumerate(([1.0, 0.0], [0.0, 1.0])):
+        writing = written(engine, [LONG], [(weights, 5)], max_new_tokens=UNION_STEPS)
+        assert (data_of(writing)[0], writing.tokens[0]) == alone(engine, which, LONG)
