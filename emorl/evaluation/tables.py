@@ -20,7 +20,7 @@ def read_table(file: Path, columns: Collection[str], remedy: str, rows: int | No
         UserError: it is missing, damaged or cut.
     """
     try:
-        table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {remedy}") from None
     except (ValueError, OSError) as error:  # pandas' and Arrow's own among them

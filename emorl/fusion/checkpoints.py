@@ -19,7 +19,7 @@ from emorl.fusion.operators import Fusion, check_fusion, fuse_tensor, tensor_wor
 from emorl.fusion.tensor_files import ShardWriter, TensorEntry, TensorSpec, read_tensor, tensor_entries
 from emorl.runs.layout import ADAPTER
 from emorl.runs.progress import Progress, Silent
-from emorl.runs.run import written_whole_directory
+from emorl.runs.run import read_json, written_whole_directory
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"})
 _LEFT_BEHIND = frozenset({"README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json", ".gitattributes"})
@@ -60,7 +60,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is an adapter, not a whole model; policies are fused by `emorl fuse experiment.yaml`")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a transformers checkpoint (no config.json in it)")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     if "quantization_config" in config:
         raise UserError(f"{path} holds quantised weights, which cannot be fused; fuse the model it was quantised from")
     return Checkpoint(path, config, tensor_entries(path))
@@ -135,12 +135,22 @@ def fuse_checkpoints(what: CheckpointFusion, output: Path, files: Mapping[str, s
         with ShardWriter(directory, specs, _SHARD_SIZE) as writer, tensor_workers() as pool:
 
             def write_fused(planned: FusedTensor, spec: TensorSpec) -> str:
-                writer.write(spec.name, _fused(planned, what).to(spec.dtype))
+                writer.write(spec.name, _finite(_fused(planned, what).to(spec.dtype), spec))
                 return spec.name
 
             for name in pool.map(write_fused, what.tensors, specs):
                 bar.advance(1, name)
     return output
+
+
+def _finite(fused: Tensor, spec: TensorSpec) -> Tensor:
+    """The tensor, if its numbers are some in the type that it is written in."""
+    if fused.is_floating_point() and not bool(fused.isfinite().all()):
+        raise UserError(
+            f"{spec.name!r} would hold NaN or infinity in {str(spec.dtype).removeprefix('torch.')}: a model holds some there, "
+            "or numbers beyond what that type can say; look at the models, or give dtype: float32"
+        )
+    return fused
 
 
 def check_checkpoints(what: CheckpointFusion) -> None:

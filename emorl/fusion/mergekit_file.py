@@ -5,23 +5,32 @@ Departures: sums are in float32 whatever `dtype` says, which is the result's; DA
 norm. What we do not do (tokenizer surgery, modules, `base+adapter`) is refused, never ignored.
 """
 
+import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from emorl.config import UserError, nearest
+from emorl.config.mergekit import MergekitFile
+from emorl.config.yaml import parse
 from emorl.fusion.checkpoints import Checkpoint, CheckpointFusion, FusedTensor, open_checkpoint
 from emorl.fusion.operators import Fusion
 
+logger = logging.getLogger(__name__)
+
 _METHODS = ("linear", "slerp", "ties", "task_arithmetic", "dare_linear", "dare_ties")
-_KEYS = frozenset(
-    {"output", "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"}
-)
-_PARAMETERS = {"weight", "density", "t", "normalize", "lambda", "int8_mask", "rescale"}
 _NORMALIZED = {"linear": True, "ties": True}  # mergekit's defaults; False for the others
+_ADVICE = {
+    "chat_template": "the base's own is kept; change chat_template.jinja beside the result",
+    "tokenizer": "the base's own is kept; leave it out",
+}
+_SAME = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "n_head",
+         "activation_function")  # fmt: skip
+_EMBEDS = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 _LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers?|h|blocks?)\.)(?P<number>\d+)(?P<rest>\..+)$")
 
 Parameters = Mapping[str, Any]
@@ -42,32 +51,32 @@ def mergekit_fusion(content: Mapping[str, Any]) -> CheckpointFusion:
     Raises:
         UserError: a key, method or parameter that is not supported or not known.
     """
-    method = content["merge_method"]
+    method, known = content["merge_method"], {field.name for field in fields(MergekitFile)}
     if method not in _METHODS:
         raise UserError(f"merge_method {method!r} of mergekit is not supported; {nearest(str(method), _METHODS)}")
     for key in content:
-        if key not in _KEYS:
-            raise UserError(f"mergekit's {key!r} is not supported; {nearest(key, _KEYS)}")
-    if ("models" in content) == ("slices" in content):
-        raise UserError("a mergekit file has either models or slices")
-    names = _model_names(content)
-    base_name = content.get("base_model")
+        if key not in known:
+            raise UserError(f"mergekit's {key!r} is not supported; {_ADVICE.get(key) or nearest(str(key), known)}")
+    file = parse(MergekitFile, content, "mergekit's file")
+    sources = file.models or [source for block in file.slices or [] for source in block.sources]
+    names, base_name = list(dict.fromkeys(source.model for source in sources)), file.base_model
     if base_name is None and method != "linear":
         raise UserError(f"merge_method {method} needs a base_model")
     everyone = names if base_name is None or base_name in names else [*names, base_name]
     opened = {name: open_checkpoint(name) for name in everyone}
-    if content.get("tokenizer_source") not in (None, "base", base_name or names[0]):
+    if file.tokenizer_source not in (None, "base", base_name or names[0]):
         raise UserError("tokenizer_source: only the base model's tokenizer, or the first model's without a base, is supported")
     others = [name for name in names if name != base_name] if method != "linear" else names
     if method == "slerp":
         if len(others) != 1:
             raise UserError(f"slerp is between base_model and one other model, got {others}")
         others = [base_name, *others]
-    slices = _slices(content, names, opened)
-    dtype = content.get("out_dtype") or content.get("dtype")
+    _check_alike([opened[name] for name in ([base_name] if base_name else []) + [name for name in names if name != base_name]])
+    slices = _slices(file, names, opened)
+    dtype = file.out_dtype or file.dtype
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: expected float32, float16 or bfloat16")
-    reader = _Reader(method, tuple(others), content.get("parameters") or {})
+    reader = _Reader(method, tuple(others), file.parameters)
     leading = opened[base_name or names[0]]
     tensors = tuple(_tensors(leading, slices, reader, base_name))
     depth = sum(stop - start for slice_ in slices for start, stop in [next(iter(slice_.ranges.values()))])
@@ -76,30 +85,47 @@ def mergekit_fusion(content: Mapping[str, Any]) -> CheckpointFusion:
         opened[base_name] if base_name and method not in ("linear", "slerp") else None,
         tensors,
         None if dtype is None else getattr(torch, dtype),
-        config_changes={_depth_key(leading): depth} if "slices" in content else {},
+        config_changes={_depth_key(leading): depth} if file.slices else {},
     )
 
 
-def _model_names(content: Mapping[str, Any]) -> list[str]:
-    blocks = (
-        content["models"] if "models" in content else [source for block in content["slices"] for source in block["sources"]]
-    )
-    names = list(dict.fromkeys(block["model"] for block in blocks))
-    for name in names:
-        if not isinstance(name, str) or "+" in name:
-            raise UserError(f"model {name!r}: expected the folder of a checkpoint; fuse an adapter into its base first")
-    return names
+def _check_alike(models: Sequence[Checkpoint]) -> None:
+    """Refuses models whose tensors have one shape and another meaning, and says where they read positions differently."""
+    first = models[0]
+    for other in models[1:]:
+        for key in _SAME:
+            mine, theirs = (model.config.get(key) for model in (first, other))
+            if None not in (mine, theirs) and mine != theirs:
+                raise UserError(f"{first.path} has {key}={mine!r} and {other.path} {theirs!r}; fuse models of one architecture")
+        if _vocabulary(first) != _vocabulary(other) and None not in (_vocabulary(first), _vocabulary(other)):
+            raise UserError(f"{first.path} and {other.path} number their tokens differently; fuse models of one tokenizer")
+        if first.config.get("rope_theta") != other.config.get("rope_theta"):
+            logger.warning("%s and %s have another rope_theta: their heads read positions differently", first.path, other.path)
+        ties = [
+            model.config.get("tie_word_embeddings", True) and "lm_head.weight" not in model.entries for model in (first, other)
+        ]
+        if ties[0] != ties[1]:
+            raise UserError(
+                f"{(first, other)[ties.index(False)].path} has an output head of its own and {(first, other)[ties.index(True)].path} "
+                "none; save both with heads (tie_word_embeddings: false), or both without"
+            )
 
 
-def _slices(content: Mapping[str, Any], names: Sequence[str], opened: Mapping[str, Checkpoint]) -> list[_Slice]:
-    if "models" in content:
+def _vocabulary(model: Checkpoint) -> Any:
+    """Token -> id of a fast tokenizer; None where none lies beside the model."""
+    file = model.path / "tokenizer.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab") if file.is_file() else None
+
+
+def _slices(file: MergekitFile, names: Sequence[str], opened: Mapping[str, Checkpoint]) -> list[_Slice]:
+    if file.models:
         depth = _depth(opened[names[0]])
-        by_model = {block["model"]: block.get("parameters") or {} for block in content["models"]}
+        by_model = {source.model: source.parameters for source in file.models}
         return [_Slice(dict.fromkeys(opened, (0, depth)), by_model, {})]
     slices = []
-    for block in content["slices"]:
-        ranges = {source["model"]: tuple(source["layer_range"]) for source in block["sources"]}
-        if set(ranges) | {content.get("base_model")} != set(opened) | {content.get("base_model")}:
+    for block in file.slices or []:
+        ranges = {source.model: source.layers for source in block.sources}
+        if set(ranges) | {file.base_model} != set(opened) | {file.base_model}:
             raise UserError("every slice must have all models as sources (passthrough stacks are mergekit's own)")
         if len({stop - start for start, stop in ranges.values()}) > 1:
             raise UserError(f"the sources of a slice must have as many layers each, got {list(ranges.values())}")
@@ -107,9 +133,8 @@ def _slices(content: Mapping[str, Any], names: Sequence[str], opened: Mapping[st
             if stop > _depth(opened[name]):
                 raise UserError(f"layer_range ends at {stop}, but {name} has {_depth(opened[name])} layers")
         whole = next(iter(ranges.values()))
-        ranges = {**dict.fromkeys(opened, whole), **ranges}
-        by_model = {source["model"]: source.get("parameters") or {} for source in block["sources"]}
-        slices.append(_Slice(ranges, by_model, block.get("parameters") or {}))
+        by_model = {source.model: source.parameters for source in block.sources}
+        slices.append(_Slice({**dict.fromkeys(opened, whole), **ranges}, by_model, block.parameters))
     return slices
 
 
@@ -146,8 +171,9 @@ def _tensors(leading: Checkpoint, slices: Sequence[_Slice], reader: "_Reader", b
     for matched in layered.values():
         numbered.setdefault(int(matched["number"]), []).append(matched)
     for name in leading.entries:
-        if name not in layered:
-            yield FusedTensor(name, reader.fusion(name, slices[0], 0.0), (name,) * len(reader.models), name)
+        if name not in layered:  # what reads the tokens goes with the first slice, what comes behind the layers with the last
+            slice_, share = (slices[0], 0.0) if _EMBEDS.search(name) else (slices[-1], 1.0)
+            yield FusedTensor(name, reader.fusion(name, slice_, share), (name,) * len(reader.models), name)
     position = 0
     for slice_ in slices:
         start, stop = slice_.ranges[base_name or reader.models[0]]
@@ -174,7 +200,6 @@ class _Reader:
 
     def fusion(self, name: str, slice_: _Slice, share: float) -> Fusion:
         """`share`: how far the tensor's layer lies in its slice, 0 to 1."""
-        self._check(slice_)
 
         def common(key: str, default: Any) -> Any:
             return _resolved([slice_.parameters, self.parameters], key, name, share, default)
@@ -193,6 +218,9 @@ class _Reader:
         weights = each("weight", None)
         if None in weights:
             raise UserError(f"{self.method}: the model {self.models[weights.index(None)]} has no weight for {name}")
+        rescale = common("rescale", None)
+        if rescale is not None and rescale != self.method.startswith("dare"):
+            raise UserError(f"{self.method} with rescale: {str(rescale).lower()} is not supported; leave it out")
         settings: dict[str, Any] = {"normalize": bool(common("normalize", self.method in _NORMALIZED))}
         if self.method != "linear":
             settings["scale"] = float(common("lambda", 1.0))
@@ -201,12 +229,6 @@ class _Reader:
         if self.method == "dare_linear" and settings.pop("normalize"):
             raise UserError("dare_linear with normalize is not supported; divide the weights by their sum")
         return Fusion(self.method, weights, settings)
-
-    def _check(self, slice_: _Slice) -> None:
-        for block in (self.parameters, slice_.parameters, *slice_.by_model.values()):
-            for key in block:
-                if key not in _PARAMETERS:
-                    raise UserError(f"mergekit's parameter {key!r} is not supported; {nearest(key, _PARAMETERS)}")
 
 
 def _resolved(blocks: Sequence[Parameters], key: str, name: str, share: float, default: Any) -> Any:

@@ -8,7 +8,7 @@ import yaml
 
 from tests.faults import wrong_inputs as wrong
 
-REWARDS = '''\
+REWARDS = """\
 def vowels(completions, **columns):
     return [sum(map(text[0]["content"].count, "aeiou")) / 50 for text in completions]
 
@@ -32,7 +32,7 @@ def returns_words(completions, **columns):
 
 def raises(completions, **columns):
     return [1 / 0 for _ in completions]
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def cases():
     yield from ((["train", "EXP", "output=OUT", f"train.lora.{setting}"], words) for setting, words in wrong.LORA)
     yield from ((["train", "EXP", "output=OUT", f"generation.{setting}"], words) for setting, words in wrong.GENERATION)
     yield from ((["train", "EXP", "output=OUT", f"data.path={name}"], words) for name, (_, words) in wrong.DATA.items())
-    yield from ((["train", "EXP", "output=OUT", f"objectives={{x: {function}}}"], words) for function, words in wrong.OBJECTIVES)
+    yield from (
+        (["train", "EXP", "output=OUT", f"objectives={{x: {function}}}"], words) for function, words in wrong.OBJECTIVES
+    )
     yield from wrong.COMMANDS
     yield from (([name, file], words) for file, (_, words) in wrong.FILES.items() for name in ("run", "fuse"))
 

@@ -21,8 +21,9 @@ def stock_coefficients(products: Tensor) -> list[float]:
     norms = products.diagonal().sqrt().clamp(min=1e-150)  # a product of two is no 0
     cosines = products / torch.outer(norms, norms)
     cosine = float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
-    share = count * cosine / (1 + (count - 1) * cosine)
-    return [share / count] * count
+    spread = 1 + (count - 1) * cosine  # 0 where the task vectors cancel out: then the base is as near as their mean
+    share = count * cosine / spread if spread > 1e-9 else 0.0
+    return [max(0.0, share) / count] * count
 
 
 MODEL_STOCK = WeightedSum(
