@@ -101,14 +101,16 @@ def _check_alike(models: Sequence[Checkpoint]) -> None:
             raise UserError(f"{first.path} and {other.path} number their tokens differently; fuse models of one tokenizer")
         if first.config.get("rope_theta") != other.config.get("rope_theta"):
             logger.warning("%s and %s have another rope_theta: their heads read positions differently", first.path, other.path)
-        ties = [
-            model.config.get("tie_word_embeddings", True) and "lm_head.weight" not in model.entries for model in (first, other)
-        ]
-        if ties[0] != ties[1]:
+        if _has_head(first) != _has_head(other):
+            headed = first if _has_head(first) else other
             raise UserError(
-                f"{(first, other)[ties.index(False)].path} has an output head of its own and {(first, other)[ties.index(True)].path} "
-                "none; save both with heads (tie_word_embeddings: false), or both without"
+                f"{headed.path} has an output head of its own and the others none; save all with heads "
+                "(tie_word_embeddings: false), or all without"
             )
+
+
+def _has_head(model: Checkpoint) -> bool:
+    return "lm_head.weight" in model.entries
 
 
 def _vocabulary(model: Checkpoint) -> Any:

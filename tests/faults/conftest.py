@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Runs `emorl ARGUMENTS` in a folder: its code (99: a traceback; None: it was killed after `kill_after` seconds), and what it
-    printed."""
+    """Runs `emorl ARGUMENTS` in a folder: its code (99: a traceback; None: it was killed after `kill_after` seconds), and what
+    it printed."""
     scratch = tmp_path_factory.mktemp("zygote")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     surroundings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

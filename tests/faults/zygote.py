@@ -17,8 +17,9 @@ from typing import Any
 _IMPORTED = (
     "emorl.training.trainers", "emorl.training.rehearsal", "emorl.training.lora", "emorl.training.reward.model",
     "emorl.search.weight_evaluation", "emorl.search.proposers.fusions", "emorl.dynamic.ensemble", "emorl.reporting.report",
-    "emorl.evaluation.attacks", "emorl.objectives.loading", "emorl.fusion.recipe", "emorl.stages.compare", "emorl.stages.dynamic",
-    "emorl.stages.refresh_reward", "emorl.stages.generate", "emorl.stages.train_reward", "emorl.stages.init",
+    "emorl.evaluation.attacks", "emorl.objectives.loading", "emorl.fusion.recipe", "emorl.stages.compare",
+    "emorl.stages.dynamic", "emorl.stages.refresh_reward", "emorl.stages.generate", "emorl.stages.train_reward",
+    "emorl.stages.init",
 )  # fmt: skip
 
 

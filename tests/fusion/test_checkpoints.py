@@ -294,9 +294,55 @@ def test_a_mergekit_file_gives_what_mergekit_gives(folders, method, as_slices, t
         torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("ranges", [[(0, 1), (1, 2)], [(0, 2), (2, 2)], [(0, 1), (0, 2)]])
+def test_what_lies_behind_the_layers_goes_with_the_last_slice(folders, ranges, tmp_path):
+    """The final norm and the head; also behind a last slice of no layers, which keeps one model's."""
+    config = pytest.importorskip("mergekit.config")
+    merge = pytest.importorskip("mergekit.merge")
+    options = pytest.importorskip("mergekit.options").MergeOptions(quiet=True, write_model_card=False)
+    base, one, _ = map(str, folders["llama"])
+    slices = [
+        {"sources": [{"model": name, "layer_range": list(layers)} for name in (base, one)], "parameters": {"t": share}}
+        for layers, share in zip(ranges, (0.2, 0.9), strict=True)
+    ]
+    content = {"merge_method": "slerp", "base_model": base, "dtype": "float32", "slices": slices}
+    merge.run_merge(config.MergeConfiguration.model_validate(content), str(tmp_path / "theirs"), options)
+    ours, theirs = state(fuse({**content, "output": str(tmp_path / "ours")})), state(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"models": []}, "models: expected at least 1"),
+        ({"models": None}, "either models or slices"),
+        ({"models": [{"parameters": {"weight": 1}}]}, "models.0.model"),
+        ({"models": [{"model": 7}]}, "models.0.model: expected a text"),
+        ({"models": "base"}, "models: expected a list"),
+        ({"models": [{"model": "A+B"}, {"model": "C"}]}, "fuse an adapter into its base first"),
+        ({"models": [{"model": "A"}, {"model": "A"}]}, "'A' is listed twice"),
+        ({"models": None, "slices": []}, "slices: expected at least 1"),
+        ({"models": None, "slices": [{"sources": []}]}, "sources: expected at least 1"),
+        ({"models": None, "slices": [{"sources": [{"model": "A"}]}]}, "layer_range of A: expected"),
+        ({"models": None, "slices": [{"sources": [{"model": "A", "layer_range": [2, 1]}]}]}, "layer_range of A: expected"),
+        ({"models": None, "slices": [{"sources": [{"model": "A", "layer_range": [0, -1]}]}]}, "at least 0"),
+        ({"models": None, "slices": [{"sources": [{"model": "A", "layer_range": [0]}]}]}, "layer_range: expected at least 2"),
+        ({"parameters": {"weight": "half"}}, "weight: expected a number, or a list of them"),
+        ({"parameters": {"weight": True}}, "weight: expected a number"),
+        ({"parameters": {"weight": float("nan")}}, "weight: expected a number"),
+        ({"parameters": {"weight": [1, "two"]}}, "weight: expected a number"),
+        ({"parameters": {"weight": [{"filter": "mlp"}]}}, "weight: expected a number"),
+        ({"parameters": {"normalize": "no"}}, "normalize: expected true or false"),
+        ({"parameters": {"normalize": 1}}, "normalize: expected true or false"),
+        ({"parameters": {"lambda": "0.5"}}, "lambda: expected a number"),
+        ({"parameters": {"weight": 0.5, "density": 2}}, "density"),
+        ({"parameters": {"weight": 0.5, "density": 0.5, "rescale": True}}, "ties with rescale: true is not supported"),
+        ({"merge_method": "dare_ties", "parameters": {"weight": 0.5, "density": 0.5, "rescale": False}}, "rescale: false"),
+        ({"tokenizer": {"source": "base"}}, "'tokenizer' is not supported; the base's own is kept"),
+        ({"chat_template": "auto"}, "'chat_template' is not supported; the base's own is kept"),
+        ({"dtype": "float23"}, "expected float32, float16 or bfloat16"),
         ({"merge_method": "passthrough"}, "'passthrough' of mergekit is not supported"),
         ({"modules": {}}, "'modules' is not supported"),
         ({"parameters": {"densty": 1}}, "parameter 'densty' is not supported; did you mean 'density'"),
@@ -309,3 +355,54 @@ def test_what_is_not_supported_in_mergekit_s_files_is_refused(folders, change, m
     content = {**mergekit("ties", folders["llama"]), "output": str(tmp_path / "out"), **change}
     with pytest.raises(UserError, match=message):
         fuse(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_attention_heads", 4, "num_attention_heads=2 and .* 4"),
+        ("hidden_act", "gelu", "hidden_act='silu' and .* 'gelu'"),
+        ("model_type", "mistral", "is a llama and .* a mistral"),
+    ],
+)
+def test_models_of_equal_shapes_and_another_meaning_are_refused(folders, key, value, message, tmp_path):
+    base, one, _ = folders["llama"]
+    other = shutil.copytree(one, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    if key == "num_attention_heads":
+        value, message = settings[key] * 2, f"num_attention_heads={settings[key]} and .* {settings[key] * 2}"
+    (other / "config.json").write_text(json.dumps({**settings, key: value}))
+    content = mergekit("ties", [base, one, other])
+    content["parameters"] = {"weight": 0.5, "density": 0.5}
+    with pytest.raises(UserError, match=message):
+        fuse({**content, "output": str(tmp_path / "out")})
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_are_numbered_differently_are_refused(folders, tokenizer, tmp_path):
+    base, one, two = (shutil.copytree(folder, tmp_path / folder.name) for folder in folders["llama"])
+    for folder in (base, one, two):
+        tokenizer.save_pretrained(folder)
+    file = json.loads((two / "tokenizer.json").read_text())
+    words = list(file["model"]["vocab"])
+    file["model"]["vocab"] = dict(zip(words, reversed(range(len(words))), strict=True))
+    (two / "tokenizer.json").write_text(json.dumps(file))
+    content = {**mergekit("ties", [base, one, two]), "parameters": {"weight": 0.5}, "output": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="number their tokens differently"):
+        fuse(content)
+
+
+@pytest.mark.parametrize("broken", ["nan", "inf", "too large for float16"])
+def test_numbers_that_are_none_stop_a_fusion_before_its_folder_appears(folders, broken, tmp_path):
+    base, one, two = folders["llama"]
+    bad = shutil.copytree(two, tmp_path / "bad")
+    tensors = load_file(bad / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name)
+    tensors[name].view(-1)[3] = {"nan": float("nan"), "inf": float("inf")}.get(broken, 1e6)
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    content = {**mergekit("ties", [base, one, bad]), "parameters": {"weight": 0.5}, "output": str(tmp_path / "out")}
+    if broken.startswith("too"):
+        content["dtype"] = "float16"
+    with pytest.raises(UserError, match=f"'{name}' would hold NaN or infinity"):
+        fuse(content)
+    assert not (tmp_path / "out").exists()

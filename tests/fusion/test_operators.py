@@ -127,6 +127,13 @@ def test_dare_keeps_the_expectation_and_its_seed():
     assert torch.isin((signs / tau).round(), torch.tensor([-2.0, 0.0, 2.0])).all()
 
 
+def test_model_stock_of_opposite_changes_is_the_base():
+    base, change = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(fuse("model_stock", [base + change, base - change], [1, 1], base), base)
+    nearly = fuse("model_stock", [base + change, base - 1.5 * change], [1, 1], base)
+    assert nearly.isfinite().all()
+
+
 def test_model_stock_by_hand():
     base = torch.zeros(2)  # 45 degrees between them: t = 2 cos / (1 + cos)
     one, two = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
