@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from emorl.config import UserError
+from emorl.config.secrets import masked
 from emorl.runs.faults import faults_as_lines
 
 COMMANDS = {
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with faults_as_lines():
             return options.run(options) or 0
     except UserError as error:
-        print(f"emorl {options.command}: {error}", file=sys.stderr)
+        print(masked(f"emorl {options.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nemorl {options.command}: interrupted; the same command continues where it stopped", file=sys.stderr)

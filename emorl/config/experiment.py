@@ -179,7 +179,8 @@ class SearchConfig:
     """GiB for the caches and remembered prefixes of greedy decoding; half of what is free by default. Less takes longer
     and gives the same tokens"""
     storage: str | None = None
-    """any Optuna storage URL, for several workers or a dashboard; a journal file in the run directory by default"""
+    """any Optuna storage URL, for several workers or a dashboard, without a password (PGPASSWORD gives it); a journal file in
+    the run directory by default, for workers of one machine: on a network disk its locks may not hold"""
     generation: dict[str, Any] = Field(default_factory=dict)
     """generation settings of the search alone; the experiment's otherwise"""
 

@@ -4,29 +4,22 @@ The study is the only memory. Candidates wait in its own queue; a worker claims 
 of scores. A proposer is a function of the finished trials, so what was killed is proposed, or claimed, again.
 """
 
-import fcntl
-import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import optuna
-import psutil
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from emorl.config import UserError
-
-logger = logging.getLogger(__name__)
+from emorl.search.storage import open_storage
+from emorl.search.worker import WORKER, Worker
 
 Params = Mapping[str, Any]
 """one candidate: parameter name -> value"""
@@ -107,7 +100,6 @@ class Space(Protocol):
 
 
 _POLL_SECONDS = 1.0
-_CLAIM_SECONDS = 30.0  # between popping a trial and signing it there are milliseconds
 
 
 def open_study(
@@ -122,11 +114,7 @@ def open_study(
     Raises:
         UserError: a damaged journal, a URL that cannot be opened, a study of other objectives.
     """
-    try:
-        opened = _journal(storage) if isinstance(storage, Path) else optuna.storages.get_storage(storage)
-        study = _create(opened, objectives, name)
-    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
-        raise UserError(f"search.storage {storage}: {str(error).splitlines()[0]:.200}") from None
+    study = _create(open_storage(storage), objectives, name)
     if study.user_attrs.get("objectives", list(objectives)) != list(objectives):
         raise UserError(
             f"{storage} holds a study of the objectives {study.user_attrs['objectives']}, not {list(objectives)}; "
@@ -152,51 +140,6 @@ def _create(storage: BaseStorage, objectives: Sequence[str], name: str) -> optun
         )
     except ValueError as error:  # another number of objectives
         raise UserError(f"study {name!r} cannot be continued: {error}; give another output or storage") from None
-
-
-def _journal(path: Path) -> BaseStorage:
-    """Optuna's journal storage on `path`; a line cut short by a kill is moved aside, any other damage is refused."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock: Any = _KernelLock(path.with_name(f"{path.name}.lock"))
-    if path.exists():
-        lock.acquire()  # nobody is in the middle of writing a line
-        _set_torn_line_aside(path)
-        lock.release()
-    try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged and cannot be read as an Optuna journal ({type(error).__name__}: {error}); restore it from "
-            "a copy, or move it away to start the search again"
-        ) from None
-
-
-class _KernelLock:
-    """Optuna's journal lock as one that the kernel releases when its holder is killed; Optuna's own then waits 30 s."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[str] | None = None
-
-    def acquire(self) -> bool:
-        self._file = self._path.open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        assert self._file is not None
-        self._file.close()
-
-
-def _set_torn_line_aside(path: Path) -> None:
-    content = path.read_bytes()
-    whole, newline, torn = content.rpartition(b"\n")
-    if not torn:
-        return
-    aside = path.with_name(f"{path.name}.torn")
-    aside.write_bytes(torn)
-    os.truncate(path, len(whole) + len(newline))
-    logger.warning("%s ended in the middle of a line; its %d bytes are in %s", path, len(torn), aside)
 
 
 def finished_trials(study: optuna.Study) -> list[Finished]:
@@ -225,7 +168,21 @@ def search(
         budget: what all runs of this search may spend together.
         on_finished: called with all finished trials after each batch, and once at the start.
     """
-    _return_orphans(study)
+    with Worker(study) as worker:
+        return _search(study, propose, evaluate, distributions, worker, batch, budget, on_finished)
+
+
+def _search(
+    study: optuna.Study,
+    propose: Proposer,
+    evaluate: Evaluate,
+    distributions: Mapping[str, BaseDistribution],
+    worker: Worker,
+    batch: int,
+    budget: Budget,
+    on_finished: Callable[[Sequence[Finished]], None],
+) -> list[Finished]:
+    worker.return_orphans()
     while True:
         finished = finished_trials(study)
         on_finished(finished)
@@ -238,12 +195,14 @@ def search(
             if proposed is None:
                 return finished
             if not _enqueue(study, proposed, budget.trials):
-                running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-                assert running, "a proposer may repeat itself only while it waits for running trials"
-                time.sleep(_POLL_SECONDS)  # all of it is with other workers
-                _return_orphans(study)
+                open_trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+                is_news = bool(open_trials) or len(finished_trials(study)) > len(finished)
+                assert is_news, "a proposer may repeat itself only while it waits for trials"
+                if open_trials:  # with other workers
+                    time.sleep(_POLL_SECONDS)
+                    worker.return_orphans()
                 continue
-        claimed = _claim(study, distributions, batch if room is None else min(batch, room))
+        claimed = _claim(study, distributions, worker, batch if room is None else min(batch, room))
         if claimed:
             _evaluate_claimed(study, claimed, evaluate)
 
@@ -268,7 +227,7 @@ def _enqueue(study: optuna.Study, proposed: Sequence[Params], trials: int | None
     return len(new[:room])
 
 
-def _claim(study: optuna.Study, distributions: Mapping[str, BaseDistribution], batch: int) -> list[Trial]:
+def _claim(study: optuna.Study, distributions: Mapping[str, BaseDistribution], worker: Worker, batch: int) -> list[Trial]:
     """Takes up to `batch` waiting trials for this worker, leaving out what another worker enqueued at the same moment."""
     claimed = []
     while len(claimed) < batch and study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -276,7 +235,7 @@ def _claim(study: optuna.Study, distributions: Mapping[str, BaseDistribution], b
         if "candidate" not in trial.user_attrs:  # another worker took the last one first: this one was made up
             study.tell(trial, state=TrialState.FAIL)
             continue
-        trial.set_user_attr("worker", _this_worker())
+        trial.set_user_attr(WORKER, worker.named)
         if _is_repeated(study, trial):
             study.tell(trial, state=TrialState.FAIL)
             continue
@@ -301,37 +260,9 @@ def _evaluate_claimed(study: optuna.Study, claimed: Sequence[Trial], evaluate: E
             study.tell(trial, state=TrialState.FAIL)
         raise
     for trial, result in zip(claimed, scored, strict=True):
-        if result.notes:
-            trial.set_user_attr("notes", dict(result.notes))
-        study.tell(trial, list(result.scores))
-
-
-def _this_worker() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
-
-
-def _return_orphans(study: optuna.Study) -> None:
-    """Fails the running trials of dead workers of this machine and enqueues their candidates again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "candidate" in trial.user_attrs and _is_orphan(trial):
-            try:
-                study.tell(trial.number, state=TrialState.FAIL)
-            except ValueError:  # another worker was faster
-                continue
-            candidate = trial.user_attrs["candidate"]
-            study.enqueue_trial(candidate, user_attrs={"candidate": candidate})
-            logger.info("trial %d was interrupted; its candidate is enqueued again", trial.number)
-
-
-def _is_orphan(trial: FrozenTrial) -> bool:
-    worker = trial.user_attrs.get("worker")
-    if worker is None:
-        started = trial.datetime_start
-        return started is not None and time.time() - started.timestamp() > _CLAIM_SECONDS
-    if worker["host"] != socket.gethostname():
-        return False
-    try:
-        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1.0
-    except psutil.NoSuchProcess:
-        return True
+        try:
+            if result.notes:
+                trial.set_user_attr("notes", dict(result.notes))
+            study.tell(trial, list(result.scores))
+        except (ValueError, UpdateFinishedTrialError):
+            continue  # another worker took it over, or the database went away just behind the record

@@ -39,9 +39,12 @@ STUDY_NAME = "weights"
 def check(experiment: Experiment) -> None:
     """Refuses an unknown proposer, objective or generation setting, and an experiment that has nothing to search."""
     check_mode(experiment)
+    from emorl.search.storage import check_storage
     from emorl.search.weights import check_proposer
 
     check_proposer(experiment.search)
+    if experiment.search.storage is not None:
+        check_storage(experiment.search.storage)
     from emorl.objectives.loading import check_objectives
 
     check_objectives(experiment.objectives)
