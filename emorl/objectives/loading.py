@@ -19,6 +19,7 @@ from emorl.config.experiment import ObjectiveConfig, TransformConfig
 from emorl.config.objects import shown_name
 from emorl.config.yaml import parse
 from emorl.objectives import REGISTRY
+from emorl.objectives.calling import Tokenize, faults_of, handed_by_trl
 from emorl.objectives.scale import RAW, Scale, declared_range, interval, resolve
 
 _IMPORTABLE = re.compile(r"[\w-]+(\.[\w-]+)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # package.module:attribute
@@ -33,15 +34,17 @@ class Objective:
         UserError: on a call, when the function returns the wrong number of scores, NaN, infinity or no number.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], scale: Scale = RAW) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], scale: Scale = RAW, tokenize: Tokenize | None = None) -> None:
+        """`tokenize` makes `completion_ids` for a function that asks for them where nobody knows them."""
         self.name = self.__name__ = name  # TRL logs a reward function under its __name__
         self.scale = scale
         self.scored = self.outside = 0  # scores so far, and how many of them lay outside the range
         self._function = function
+        self._tokenize = tokenize
 
     def counted_anew(self) -> "Objective":
         """The same objective, whose counts begin at 0."""
-        return Objective(self.name, self._function, self.scale)
+        return Objective(self.name, self._function, self.scale, self._tokenize)
 
     @property
     def batch_tolerance(self) -> float:
@@ -61,9 +64,16 @@ class Objective:
 
     def raw(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """What the function itself returns, checked."""
-        scores = self._function(prompts=list(prompts), completions=list(completions), **columns)
-        if inspect.isawaitable(scores):
-            scores = _run(_awaited(scores))
+        handed = handed_by_trl(self._function, completions, columns, self._tokenize)
+        try:
+            scores = self._function(prompts=list(prompts), completions=list(completions), **columns, **handed)
+            if inspect.isawaitable(scores):
+                scores = _run(_awaited(scores))
+            scores = list(scores) if inspect.isgenerator(scores) else scores
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
+            if (line := faults_of(f"objective {self.name!r}", error)) is None:
+                raise
+            raise line from error
         return self._checked(scores, len(completions))
 
     def rewards(self, scores: Sequence[float | None]) -> list[float | None]:
@@ -72,9 +82,12 @@ class Objective:
 
     def _checked(self, scores: Any, expected: int) -> list[float | None]:
         where = f"objective {self.name!r}"
-        if isinstance(scores, str) or not hasattr(scores, "__iter__"):
+        if isinstance(scores, str | Mapping) or not hasattr(scores, "__iter__"):
             raise UserError(f"{where} returned {scores!r:.60}; expected a list with one score per completion")
-        scores = [score.item() if hasattr(score, "item") else score for score in scores]
+        scores = [
+            score.item() if getattr(score, "size", None) == 1 or getattr(score, "ndim", None) == 0 else score
+            for score in scores
+        ]
         if len(scores) != expected:
             raise UserError(f"{where} returned {len(scores)} scores for {expected} completions; expected one for each")
         for position, score in enumerate(scores):
@@ -126,16 +139,17 @@ def outside_range(objectives: Sequence[Objective]) -> list[str]:
     ]
 
 
-def load_objective(name: str, config: ObjectiveConfig) -> Objective:
-    """The objective ready to score; loads its model if it has one."""
+def load_objective(name: str, config: ObjectiveConfig, tokenize: Tokenize | None = None) -> Objective:
+    """The objective ready to score; loads its model if it has one. `tokenize` is as `Objective`'s."""
     named, options = _named(name, config)
     function = _imported(name, named)
     scale = _checked_scale(name, function, options, config.transform)
     if isinstance(function, type) and is_pydantic_dataclass(function):
         made: Any = parse(function, options, f"objective {name!r}")
-        return Objective(name, made, scale)
+        return Objective(name, made, scale, tokenize)
     try:
-        return Objective(name, function(**options) if isinstance(function, type) else _partial(function, options), scale)
+        made = function(**options) if isinstance(function, type) else _partial(function, options)
+        return Objective(name, made, scale, tokenize)
     except (ValueError, OSError) as error:
         what = f"model {options['model']!r}: " if isinstance(error, OSError) and "model" in options else ""
         raise UserError(f"objective {name!r}: {what}{str(error).splitlines()[0]:.300}") from None
@@ -161,9 +175,19 @@ def _named(name: str, config: ObjectiveConfig) -> tuple[str | Callable[..., Any]
             )
         function, options = "classifier", {"model": function, **options}
     model = None if options.get("endpoint") else options.get("model")  # an endpoint's model may be a path over there
-    if isinstance(model, str) and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise UserError(f"{where}: model {model!r} is not a folder")
+    if isinstance(model, str):
+        _check_place(where, model)
     return function, options
+
+
+def _check_place(where: str, model: str) -> None:
+    """Refuses a folder that is not there, or holds no model; a name with one slash beside no such folder is a hub id."""
+    folder = Path(model).expanduser()
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or (model.count("/") == 1 and folder.parent.is_dir())
+    if is_path and not folder.is_dir():
+        raise UserError(f"{where}: model {model!r} is not a folder")
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", "modules.json")):
+        raise UserError(f"{where}: folder {model!r} holds no model (no config.json in it)")
 
 
 def _imported(name: str, named: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -175,6 +199,12 @@ def _imported(name: str, named: str | Callable[..., Any]) -> Callable[..., Any]:
         value: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"{where}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from None
+    except (Exception, SystemExit) as error:  # whatever a user's module does
+        if isinstance(error, SyntaxError):
+            raise UserError(f"{where}: {error.filename}:{error.lineno} is no Python ({error.msg})") from error
+        if (line := faults_of(f"{where}: importing {module_name}", error)) is None:
+            raise
+        raise line from error
     for attribute in path.split("."):
         owner, value = value, getattr(value, attribute, None)
         if value is None:

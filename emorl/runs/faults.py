@@ -4,7 +4,7 @@ import errno
 import sqlite3
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -69,8 +69,8 @@ def _of_a_library(error: Exception, folder: Path | None) -> Exception:
     return UserError(f"{library}: {type(error).__name__}: {text:.300}{kept}")
 
 
-def library_of(trace: TracebackType | None) -> str | None:
-    """The package whose code raised: of the innermost frame that is not Python's own. None where that is ours."""
+def library_of(trace: TracebackType | None, ours: Sequence[str] = ("emorl", "tests")) -> str | None:
+    """The package whose code raised: of the innermost frame that is not Python's own. None where that is `ours`."""
     packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(trace)]
     outside = [package for package in packages if package not in sys.stdlib_module_names and package != "__main__"]
-    return None if not outside or outside[-1] in ("emorl", "tests") else outside[-1]
+    return None if not outside or outside[-1] in ours else outside[-1]

@@ -105,12 +105,8 @@ class _PatientStorage(RDBStorage):
     """Optuna's, whose every operation outlives a restart of the database."""
 
 
-for _name in (
-    *BaseStorage.__abstractmethods__,
-    "_get_trials",
-    "_create_new_trial",
-    "_set_trial_param",
-):  # what Optuna's cache in front of it calls
+_CALLED_BY_ITS_CACHE = ("_get_trials", "_create_new_trial", "_set_trial_param")
+for _name in (*BaseStorage.__abstractmethods__, *_CALLED_BY_ITS_CACHE):
     setattr(_PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 

@@ -6,7 +6,7 @@ asks for a file's prompts without waiting for a model's library.
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,7 +108,15 @@ class Materials:
         from emorl.objectives.loading import load_objective
 
         config = self.experiment.objectives[name]
-        return self._once(f"objective {name}", config, lambda: load_objective(name, config)).counted_anew()
+        return self._once(f"objective {name}", config, lambda: load_objective(name, config, self._tokenize)).counted_anew()
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of the base's, for reward functions that ask for them."""
+        from emorl.policies.base import load_tokenizer
+
+        base = self.experiment.base
+        tokenizer = self._once("tokenizer", base, lambda: load_tokenizer(base))
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     @property
     def base(self) -> "Base":

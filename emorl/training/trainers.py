@@ -4,6 +4,7 @@ emorl's own evaluation as their validation, so that curves, search and report me
 Every process of a distributed run validates all validation prompts: they are few, and so all processes take the same decision.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class _ValidatedPolicy:
             kl = kl_to_base(model, tokenizer, prompts, table.get("generated", table["completion"]).tolist(), self.ref_model)
         names = [objective.name for objective in what.objectives]
         summary = summarize(table, names)
+        for name in names:
+            if math.isnan(summary[name]):
+                raise UserError(
+                    f"objective {name!r} returned None for every one of {len(table)} answers; training needs scores"
+                )
         found = {key: summary[key] for key in _VALIDATED}
         found |= {f"{SCORE}{name}": summary[name] for name in names}
         found["reward"] = sum(weight * summary[name] for weight, name in zip(what.reward_weights, names, strict=True))

@@ -59,10 +59,13 @@ def test_models_pass_with_5000_words_in_64_positions(kind, row, make_causal_mode
 
 def test_an_error_is_one_line_at_its_case():
     found = problems(by_text(lambda text: float(text[0].isalpha())))
-    assert found == {"empty": "IndexError: string index out of range"}
+    assert list(found) == ["empty"]
+    assert "raised IndexError at test_check.py:" in found["empty"]
+    assert found["empty"].endswith(": string index out of range")
     (line,) = set(problems(by_text(lambda text: int("1\n2", 3) if text else 0)).values())
     assert "\n" not in line
-    assert line.startswith("ValueError: invalid literal")
+    assert "raised ValueError at test_check.py:" in line
+    assert ": invalid literal" in line
 
 
 def test_no_number_and_numbers_outside_the_range_are_found():
@@ -88,7 +91,8 @@ def test_a_function_that_takes_no_batches_is_found():
 
     found = problems(single)
     assert list(found) == [TOGETHER]
-    assert found[TOGETHER].startswith("ValueError: too many values to unpack")
+    assert "raised ValueError at test_check.py:" in found[TOGETHER]
+    assert ": too many values to unpack" in found[TOGETHER]
 
 
 def test_none_is_allowed_and_columns_reach_the_function():

@@ -104,12 +104,12 @@ def test_the_scale_in_words():
     ("transform", "message"),
     [
         ({"range": [5, 0]}, "the lower first"),
-        ({"range": [0, math.inf]}, "two finite numbers"),
+        ({"range": [0, math.inf]}, "finite number"),
         ({"clip": [0, 2]}, r"clip: expected two numbers in \[0, 1\]"),
         ({"clip": [0, 1], "log": True}, "must begin above 0 where log is on"),
         ({"mean": 1}, "mean and std go together"),
         ({"mean": 1, "std": 2, "range": [0, 1]}, "either a range, or mean and std"),
-        ({"mean": math.nan, "std": 2}, "must be finite"),
+        ({"mean": math.nan, "std": 2}, "finite number"),
         ({"mean": 1, "std": 0}, "greater than 0"),
     ],
 )

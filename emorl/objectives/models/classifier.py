@@ -48,6 +48,10 @@ class Classifier:
     ) -> None:
         self._model = load_frozen(AutoModelForSequenceClassification, model, dtype)
         self._tokenizer = read_tokenizer(model, "model")
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if self._model.config.pad_token_id is None:  # a decoder reads its score behind the last token that is not padding
+            self._model.config.pad_token_id = self._tokenizer.pad_token_id
         self.batch_tolerance = batch_tolerance(self._model)
         self._with_prompt = with_prompt
         self._batch_size = batch_size
