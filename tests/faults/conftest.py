@@ -35,5 +35,4 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         return json.loads(process.stdout.readline())  # type: ignore[union-attr]
 
     yield run
-    process.stdin.close()
-    process.wait(30)
+    process.communicate(timeout=30)
