@@ -1,7 +1,6 @@
 """What other libraries and the machine raise in a stage, as one line; a bug of ours keeps its traceback."""
 
 import errno
-import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,14 @@ _NOWHERE = {
 }
 
 
+_IN_WORDS = {
+    "No space left on device": _NOWHERE[errno.ENOSPC],
+    "database or disk is full": _NOWHERE[errno.ENOSPC],
+    "readonly database": _NOWHERE[errno.EROFS],
+    "Read-only file system": _NOWHERE[errno.EROFS],
+}
+
+
 @contextmanager
 def faults_as_lines(folder: Path | None = None) -> Iterator[None]:
     """Turns what the block raises into a `UserError`, unless it is one already or comes from our own code.
@@ -34,24 +41,23 @@ def faults_as_lines(folder: Path | None = None) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, sqlite3.OperationalError) as error:
-        if (line := _of_the_machine(error)) is None:
-            raise _of_a_library(error, folder) from error
-        raise UserError(line) from error
     except Exception as error:  # whatever a library was led to
-        raise _of_a_library(error, folder) from error
+        line = _of_the_machine(error)
+        raise (_of_a_library(error, folder) if line is None else UserError(line)) from error
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """A line on a disk that cannot be written; None for anything else."""
-    remedy = "nothing that is finished is lost: make room or give another `output`, and the same command goes on"
-    if isinstance(error, sqlite3.OperationalError):
-        return f"a database cannot be written ({error}); {remedy}" if "full" in str(error) or "readonly" in str(error) else None
-    reason = _NOWHERE.get(getattr(error, "errno", None) or 0)
-    if reason is None or isinstance(error, BrokenPipeError):
+    """A line on a disk that cannot be written; None for anything else. Databases and writers of tensors use words alone."""
+    if isinstance(error, BrokenPipeError):
         return None
-    name = getattr(error, "filename", None)
-    return f"{name or 'a file'}: {reason}; {remedy}"
+    known = _NOWHERE.get(getattr(error, "errno", None) or 0)
+    reason = known or next((said for words, said in _IN_WORDS.items() if words in str(error)), None)
+    if reason is None:
+        return None
+    place = getattr(error, "filename", None) or "a file"
+    return (
+        f"{place}: {reason}; nothing that is finished is lost: make room or give another `output`, and the same command goes on"
+    )
 
 
 def _of_a_library(error: Exception, folder: Path | None) -> Exception:

@@ -89,6 +89,9 @@ def perform(
 
     lock = only_process(folder) if is_main_process() and not stage.is_shared else nullcontext()
     with faults_as_lines(folder), lock:
+        by_another = finished_run(folder, stage.name, config, stage.result) if result is None else None
+        if by_another is not None and stage.is_enough(experiment, by_another):  # while this one was looking
+            return by_another
         return work_on(open_run(folder, stage.name, config, is_main_process()), work)
 
 

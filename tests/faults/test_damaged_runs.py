@@ -10,6 +10,9 @@ import yaml
 
 from emorl import load_run
 from emorl.cli import main
+from emorl.config import UserError
+from emorl.runs.faults import faults_as_lines
+from emorl.training.checkpoints import last_complete_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -95,8 +98,8 @@ DAMAGES = {
 )
 def test_a_damaged_file_is_named_in_one_line(copied, capsys, file, command, damage):
     arguments, run = copied
-    if (file, damage) in {("search/cost.json", "empty object")}:
-        return  # says that nothing was spent
+    if (file, damage) == ("search/cost.json", "empty object"):
+        pytest.skip("says that nothing was spent")
     DAMAGES[damage](run / file)
     capsys.readouterr()
     assert main([command, *([str(run)] if command == "report" else arguments)]) == 2
@@ -235,3 +238,37 @@ def test_a_bug_of_ours_still_shows_its_traceback(copied, monkeypatch):
     monkeypatch.setattr("emorl.evaluation.systems.evaluate", bug)
     with pytest.raises(ZeroDivisionError, match="ours"):
         main(["evaluate", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed: No space left on device"), "the disk is full"),
+        (ValueError("(sqlite3.OperationalError) database or disk is full"), "the disk is full"),
+        (RuntimeError("attempt to write a readonly database"), "only be read"),
+    ],
+)
+def test_a_full_disk_is_known_by_its_words_too(error, words):
+    with pytest.raises(UserError, match=words), faults_as_lines():
+        raise error
+
+
+def test_a_pickle_in_a_checkpoint_is_set_aside(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-2" / "adapter_model.bin").write_bytes(b"pickled")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert (tmp_path / "damaged-checkpoint-2" / "adapter_model.bin").exists()
+
+
+def test_a_run_may_be_moved_and_named_from_elsewhere(copied, monkeypatch, capsys):
+    """Relative, absolute, moved: it is the same run."""
+    arguments, run = copied
+    monkeypatch.chdir(run.parent)
+    for output in ("run", "./run", str(run)):
+        capsys.readouterr()
+        assert main(["run", arguments[0], f"output={output}"]) == 0
+        assert "finished before" in capsys.readouterr().err
+    moved = run.rename(run.with_name("elsewhere"))
+    assert main(["run", arguments[0], f"output={moved}"]) == 0
