@@ -7,6 +7,7 @@ from typing import Any
 from emorl.objectives.judge.questions import Question, UnansweredError
 
 _THOUGHTS_END = "</think>"
+_END_TOKENS = 4  # more than a template puts behind an answer
 
 
 def read_completion(completion: dict[str, Any], question: Question, minimum_share: float) -> float:
@@ -40,9 +41,10 @@ def _answer_token(choice: dict[str, Any], answer: str, offset: int) -> tuple[str
     gave no probabilities, or its tokens do not spell the answer."""
     entries = list((choice.get("logprobs") or {}).get("content") or [])
     spelled = "".join(entry["token"] for entry in entries)
-    while entries and not spelled.rstrip().endswith(answer):  # the end token may be among them
-        spelled = spelled.removesuffix(entries.pop()["token"])
-    if not answer or not entries:
+    for _ in range(_END_TOKENS):
+        if entries and not spelled.rstrip().endswith(answer):
+            spelled = spelled.removesuffix(entries.pop()["token"])
+    if not answer or not entries or not spelled.rstrip().endswith(answer):
         return None
     position = spelled.rindex(answer) + offset
     for entry in entries:

@@ -31,6 +31,7 @@ _TRY_AGAIN = {408, 409, 425, 429}
 _ABOUT_THE_TEXT = {400, 413, 422}
 _TEXT_FAULTS = ("context", "too long", "too large", "content_filter", "content management policy", "moderation")
 _TOP_LOGPROBS = 20  # the most that OpenAI and, by default, vLLM give
+_MOST_TOKENS = 1 << 40  # of one request; a usage beyond is none
 SET_BY_EMORL = ("model", "messages", "n", "stream")
 
 
@@ -163,7 +164,8 @@ class ChatEndpoint:
                 response = await client.post(
                     f"{self.url}/chat/completions", content=content, headers={**headers, "Content-Type": "application/json"}
                 )
-            actual = _spend(response, largest)
+            reply = _parsed(response)
+            actual = _spend(response.status_code, reply, largest)
         except TimeoutError:
             # it may be charged for, so it stays booked
             raise _TransientError(f"nothing within {self.timeout:g} s (`timeout`)") from None
@@ -178,7 +180,10 @@ class ChatEndpoint:
             self._asks_logprobs = False
             return await self._try(client, key, question, account)
         self._check_status(response, key)
-        return _completion(response, key)
+        if not _is_completion(reply):
+            words = _line(response.text, key)
+            raise _TransientError(f"the answer is no chat completion ({words}); is the endpoint's URL right?")
+        return reply
 
     def _body(self, question: Question, asks_logprobs: bool) -> dict[str, Any]:
         logprobs = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS} if asks_logprobs else {}
@@ -236,32 +241,36 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _completion(response: httpx2.Response, key: str) -> dict[str, Any]:
-    """The body, if its shape is that of a chat completion."""
+def _parsed(response: httpx2.Response) -> Any:
+    """The body as JSON; None where it is none, or nested deeper than can be read."""
     try:
-        body = response.json()
-        message = body["choices"][0]["message"]
-        entries = (body["choices"][0].get("logprobs") or {}).get("content") or []
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_completion(reply: Any) -> bool:
+    """Whether the shape is that of a chat completion."""
+    try:
+        choice = reply["choices"][0]
+        entries = (choice.get("logprobs") or {}).get("content") or []
         tokens = [token for entry in entries for token in [entry, *(entry.get("top_logprobs") or [])]]
-        well = isinstance(message, dict) and all(
-            isinstance(t["token"], str) and t["logprob"] == float(t["logprob"]) for t in tokens
+        return isinstance(choice["message"], dict) and all(
+            isinstance(token["token"], str) and token["logprob"] == float(token["logprob"]) for token in tokens
         )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        well, body = False, {}
-    if not well:
-        raise _TransientError(f"the answer is no chat completion ({_line(response.text, key)}); is the endpoint's URL right?")
-    return body
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
+        return False
 
 
-def _spend(response: httpx2.Response, largest: Spend) -> Spend:
-    """What the server says it charged; all that was booked where it answered and says nothing."""
-    if response.status_code != 200:
+def _spend(status: int, reply: Any, largest: Spend) -> Spend:
+    """What the server says it charged; all that was booked where it answered and says nothing that can be."""
+    if status != 200:
         return Spend(requests=1)
     try:
-        usage = response.json()["usage"]
-        return Spend(1, int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
-    except (ValueError, TypeError, KeyError):
+        tokens = [int(reply["usage"][name]) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, TypeError, KeyError, OverflowError):
         return largest
+    return Spend(1, *tokens) if all(0 <= number <= _MOST_TOKENS for number in tokens) else largest
 
 
 def _mentions_logprobs(response: httpx2.Response) -> bool:
@@ -277,7 +286,7 @@ def _retry_after(response: httpx2.Response) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 
@@ -291,5 +300,6 @@ async def _stopped(stop: asyncio.Event, seconds: float) -> bool:
 
 
 def _line(text: str, key: str) -> str:
-    """A server's words as a short line, without the key if it repeats it."""
-    return " ".join((text.replace(key, "***") if key else text).split())[:200]
+    """A server's words as a short line that a terminal can show, without the key if it repeats it."""
+    line = " ".join((text.replace(key, "***") if key else text).split())[:200]
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)

@@ -149,8 +149,12 @@ def test_little_probability_on_valid_scores_is_no_answer(server, make_judge):
 
 
 @pytest.mark.parametrize(
-    "text", ["4", " 4\n", "**4**", "4.", "Score: 4", 'The score is "4"', '{"score": 4}', "<think>1 or 2?</think>\n4"]
-)
+    "text",
+    ["4", " 4\n", "**4**", "4.", "Score: 4", 'The score is "4"', '{"score": 4}', "<think>1 or 2?</think>\n4",
+     '```json {"score": 4}```', '```json\n{"score": 4}\n```', '```JSON\n{\n  "rating": "4"\n}\n```\n', "```\n4\n```", "```4```",
+     "```yaml\nscore: 4\n```", "```text\n4.\n```", '\n ```json5\n{score: 4}```',
+     '<think>```json {"score": 1}```</think>```json {"score": 4}```'],
+)  # fmt: skip
 def test_answers_that_are_read(server, make_judge, text):
     server.answer = lambda number, body: said(text)
     assert score(make_judge(), "a") == [0.75]
@@ -159,7 +163,9 @@ def test_answers_that_are_read(server, make_judge, text):
 @pytest.mark.parametrize(
     "text",
     ["7", "0", "-4", "4.5", "0.4", ".4", "4/5", "7 of 5", "4 or 5", "45", "I cannot say", "four", "The reply says Score: 5", "",
-     "<think>4", "4 because it is kind", "٤", "4%", "+4", "Score: 5\nScore: 1", None],
+     "<think>4", "4 because it is kind", "٤", "4%", "+4", "Score: 5\nScore: 1", None,
+     '```json {"score": 4.5}```', '```json {"score": 4, "rank": 5}```', "```5 4```",
+     '```json [1, 4]```', '```json {"score": 4}``` ```json {"score": 5}```', "```json```", "```json4```"],
 )  # fmt: skip
 def test_answers_that_are_none(server, make_judge, text):
     server.answer = lambda number, body: said(text)
@@ -344,6 +350,86 @@ def test_what_fails_for_ever_is_an_error_or_none(server, make_judge, answer, rea
     assert "\n" not in str(caught.value)
     assert len(server.bodies) == 3
     assert score(make_judge(retries=2, failure="none"), "a") == [None]
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        '{"a":' * 200_000,
+        f'{{"choices": {DEEP}',
+        f'{{"choices": [{{"message": {{"content": "4"}}}}], "usage": {DEEP}',
+        json.dumps({"choices": [{"message": {"content": "4"}, "logprobs": {"content": [{"token": "4", "logprob": 10**400}]}}]}),
+        '{"choices": [{"message": {"content": "4"}, "logprobs": {"content": [{"token": "4", "logprob": NaN}]}}]}',
+        '{"choices": [{"message": {"content": "4"}, "logprobs": "all"}]}',
+        '{"choices": {"0": 4}}',
+        f'{{"choices": {"9" * 5000}}}',
+        "null",
+        "",
+        "4",
+    ],
+)
+def test_a_hostile_body_is_no_chat_completion(server, make_judge, text):
+    server.answer = lambda number, body: (200, {}, text)
+    with pytest.raises(UserError, match=r"no answer after 1 try, the last time: the answer is no chat completion") as caught:
+        score(make_judge(retries=0, max_tokens=10**6), "a")
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("usage", [10**400, -(10**400), 1e308, -5, 2**63, "many", [1], None, "9" * 5000, {"a": 1}])
+def test_a_usage_that_cannot_be_counts_as_the_largest_that_was_booked(server, make_judge, usage):
+    judge = make_judge(max_tokens=10**6)
+    server.answer = lambda number, body: said("4", usage=(usage, 2))
+    assert score(judge, "a") == [0.75]
+    [(requests, read, written)] = spent(judge)
+    assert (requests, written) == (1, 16)
+    assert read >= len(content(server.bodies[0]))
+
+
+@pytest.mark.parametrize(
+    "control",
+    ["\x1b[2J\x1b[31m", "\x1b]0;title\x07", "\x9b31m", "\x00", "\x08" * 9, "\r\n", "\u202e", "\u200f", "\u2028", "\x7f"],
+)
+@pytest.mark.parametrize("failure", ["error", "none"])
+def test_control_characters_of_a_server_never_reach_the_terminal(server, make_judge, caplog, control, failure):
+    answers = [(200, {}, f"no {control} json"), said(f"4 {control}!"), (400, {}, f"too long {control}"), (500, {}, control)]
+    if failure == "error":
+        answers.append((404, {}, f"no {control} model"))
+    for number, answer in enumerate(answers):
+        server.answer = lambda _, body, answer=answer: answer
+        judge = make_judge(retries=0, failure=failure)
+        with pytest.raises(UserError) if failure == "error" else contextlib.nullcontext() as caught:
+            score(judge, str(number))
+        line = str(caught.value) if failure == "error" else caplog.records[-1].getMessage()
+        assert line.isprintable()
+
+
+@pytest.mark.parametrize("date", ["nan", "-1", "soon", "Fri, 01 Jan 99999999999999999999 00:00:00 GMT", "\x1b", "", "0x10"])
+def test_a_retry_after_that_is_none_is_not_waited_for(server, make_judge, date):
+    server.answer = lambda number, body: failed(429, Retry_After=date) if number == 1 else said("4")
+    assert score(make_judge(), "a") == [0.75]
+
+
+def test_answers_of_100_kb_are_read_at_once():
+    question = score_question("kind?", (1, 5), "p", "c")
+    hostile = ["`", "```json ", " ", "score ", "the ", "final score is ", "4", '{"score": ', "4 ", "<think>", "final\t"]
+    for part in hostile:
+        text = part * (100_000 // len(part))
+        tokens = [{part: 1.0}] * (100_000 // len(part))
+        for answer, probabilities in (
+            (text, None),
+            (f"{text}4", None),
+            (f"{text}?", None),
+            (f"4{text}!", [{"4": 0.9}, *tokens]),
+        ):
+            completion = json.loads(said(answer, probabilities)[2])
+            start = time.process_time()
+            with contextlib.suppress(UnansweredError):
+                read_completion(completion, question, 0.5)
+            assert time.process_time() - start < 0.5  # seconds; a quadratic reader takes many
 
 
 def test_a_server_that_is_too_slow_or_not_there(server, make_judge, caplog):
