@@ -63,12 +63,9 @@ def scores_of_rows(objective: Objective, data: Dataset) -> Score:
             part = pd.DataFrame({"prompt_index": rows[here], "completion": texts[here]})
             try:
                 scored += score(part, data, [objective])[objective.name].tolist()
-            except UserError:
-                raise
-            except Exception as error:  # whatever a reward function of the user's raises on a text it did not expect
+            except UserError as error:
                 raise UserError(
-                    f"objective {objective.name!r} cannot score the texts it is attacked with ({type(error).__name__}: "
-                    f"{error!s:.100}); a policy may write such texts too. Repair it, or set evaluate.attacks=false"
+                    f"{error} (on a text that it is attacked with; evaluate.attacks=false leaves them out)"
                 ) from error
         return scored
 

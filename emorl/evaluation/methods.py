@@ -1,5 +1,6 @@
 """Methods at equal budgets, from the tables of their scored completions: points, seeds, differences with intervals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +139,19 @@ def _result(
             for method in rivals
         },
         best_rival={
-            measure: max(trained, key=lambda method, index=index: float(statistics[method][index][0])) if trained else None
+            measure: _winner({method: float(statistics[method][index][0]) for method in trained})
             for index, measure in enumerate(measures)
         },
         reference_point=dict(zip(objectives, reference, strict=True)),
     )
+
+
+def _winner(values: Mapping[str, float]) -> str | None:
+    """The highest; none where the two highest are equal."""
+    ranked = sorted(values, key=lambda method: values[method], reverse=True)
+    if len(ranked) > 1 and math.isclose(values[ranked[0]], values[ranked[1]], abs_tol=1e-12):
+        return None
+    return ranked[0] if ranked else None
 
 
 def _known(number: Any) -> float | None:

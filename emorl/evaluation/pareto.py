@@ -6,20 +6,30 @@ import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from emorl.config import UserError
 from emorl.runs.results import Point
 
 
 def front(scores: ArrayLike) -> NDArray[np.bool_]:
-    """Mask (N,) of the score vectors (N, O) that no other one dominates; of equal vectors the first is kept."""
-    return moocore.is_nondominated(np.asarray(scores, dtype=float), maximise=True)
+    """Mask (N,) of the score vectors (N, O) that no other one dominates; of equal vectors the first is kept.
+
+    Raises:
+        UserError: a score that is NaN, which nothing can be compared with.
+    """
+    found = np.asarray(scores, dtype=float)
+    if np.isnan(found).any():
+        row = int(np.isnan(found).any(1).argmax())
+        raise UserError(f"score vector {row} holds NaN ({found[row].tolist()}); an objective could not score it: leave it out")
+    return moocore.is_nondominated(found, maximise=True)
 
 
 def reference_point(scores: ArrayLike) -> list[float]:
     """A point (O,) for the hypervolumes of score vectors (N, O): below the worst score of each objective by a tenth of their
-    range, so that the extremes of a front count too."""
+    range, so that the extremes of a front count too; by 0.1 where all are equal, so that this objective multiplies all volumes
+    alike."""
     found = np.asarray(scores, dtype=float)
-    worst, best = found.min(0), found.max(0)
-    return (worst - 0.1 * (best - worst)).tolist()
+    worst, width = found.min(0), np.ptp(found, 0)
+    return (worst - 0.1 * np.where(width > 0, width, 1.0)).tolist()
 
 
 def hypervolume(scores: ArrayLike, reference: Sequence[float]) -> float:

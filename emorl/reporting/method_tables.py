@@ -60,8 +60,12 @@ def _differences(result: MethodsResult) -> str:
     for method, row in result.differences.items():
         cells = [_interval(row["mean"], 3), _interval(row["hypervolume"], 5)]
         lines.append(f"| {' | '.join([method, *cells])} |")
-    rivals = result.best_rival
-    return "\n".join([*lines, "", f"Best rival by mean: {rivals['mean']}; by hypervolume: {rivals['hypervolume']}."])
+    rivals = {measure: rival or "none, several are equal" for measure, rival in result.best_rival.items()}
+    lines += ["", f"Best rival by mean: {rivals['mean']}; by hypervolume: {rivals['hypervolume']}."]
+    constant = [name for name in result.objectives if len({row[name].mean for row in result.methods.values()}) == 1]
+    if constant:
+        lines += ["", f"All methods score alike in {', '.join(constant)}: it says nothing about them."]
+    return "\n".join(lines)
 
 
 def _consumption(result: MethodsResult) -> str:

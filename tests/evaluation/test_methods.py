@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from emorl.evaluation.methods import ALONE, ONE_POLICY, OfferedPoint, methods_tables
+from emorl.evaluation.methods import ALONE, ONE_POLICY, OfferedPoint, _winner, methods_tables
 from emorl.runs.results import BASE, Spread
 
 SECONDS = {BASE: 1.0, ONE_POLICY: 2.0, "ensemble": 3.0, "uniform": 2.0}
@@ -77,3 +77,9 @@ def test_differences_are_the_ensembles_and_only_what_was_trained_is_a_rival(tabl
     assert result.differences["uniform"]["mean"].difference == pytest.approx(0.65 - 0.5)
     assert result.differences["uniform"]["mean"].above == 1
     assert result.best_rival == {"mean": "uniform", "hypervolume": "uniform"}
+
+
+def test_there_is_no_winner_among_ties():
+    assert _winner({"soups": 0.0, "uniform": 0.0, "gdpo": -1.0}) is None
+    assert _winner({"soups": 0.1, "uniform": 0.2}) == "uniform"
+    assert _winner({}) is None

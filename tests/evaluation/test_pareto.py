@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from emorl.evaluation.pareto import front, hypervolume
+from emorl.config import UserError
+from emorl.evaluation.pareto import front, hypervolume, reference_point
 
 
 def test_hypervolume_of_a_staircase_by_hand():
@@ -28,3 +29,17 @@ def test_front_and_volume_agree_with_counting(dimensions):
     cells = itertools.product(range(5), repeat=dimensions)
     covered = sum(any(all(p > c for p, c in zip(point, cell, strict=True)) for point in points) for cell in cells)
     assert hypervolume(points, [0] * dimensions) == pytest.approx(covered)
+
+
+def test_a_score_that_is_none_is_in_no_front():
+    with pytest.raises(UserError, match="score vector 1 holds NaN"):
+        front([[0.1, 0.2], [0.3, float("nan")], [0.2, 0.1]])
+
+
+def test_a_tie_of_all_in_one_objective_leaves_the_others_comparable():
+    scores = [[0.5, 0.1], [0.5, 0.4], [0.5, 0.2]]
+    reference = reference_point(scores)
+    assert reference[0] == pytest.approx(0.4)
+    volumes = [hypervolume([one], reference) for one in scores]
+    assert sorted(volumes) == [volumes[0], volumes[2], volumes[1]]
+    assert min(volumes) > 0

@@ -83,7 +83,7 @@ def left_by(folder: Path):
         if file.suffix == ".safetensors" and "checkpoints" not in name:
             left[name] = {key: tensor.tolist() for key, tensor in load_file(file).items()}
         elif file.name in ("trials.csv", "summary.csv", "points.csv"):
-            left[name] = pd.read_csv(file).drop(columns=["seconds"], errors="ignore").to_json()
+            left[name] = pd.read_csv(file).drop(columns=["seconds", "trial"], errors="ignore").to_json()
         elif file.name == "cost.json":
             left[name] = json.loads(file.read_text())
     return left
