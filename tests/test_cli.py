@@ -318,7 +318,7 @@ def test_objectives_check_exits_with_1_and_names_what_failed(experiment, capsys)
     arguments = ["objectives", "check", str(experiment), f"objectives.fussy={__name__}:fussy"]
     assert main(arguments) == 1
     text = capsys.readouterr().out
-    assert "! fussy, empty: ZeroDivisionError: " in text
+    assert "! fussy, empty: objective 'fussy' raised ZeroDivisionError" in text
     assert "failed: fussy" in text
     assert main([*arguments, "--json"]) == 1
     checks = json.loads(capsys.readouterr().out)

@@ -83,7 +83,11 @@ def left_by(folder: Path):
         if file.suffix == ".safetensors" and "checkpoints" not in name:
             left[name] = {key: tensor.tolist() for key, tensor in load_file(file).items()}
         elif file.name in ("trials.csv", "summary.csv", "points.csv"):
-            left[name] = pd.read_csv(file).drop(columns=["seconds", "trial"], errors="ignore").to_json()
+            table = pd.read_csv(file).drop(columns=["seconds", "trial"], errors="ignore")  # what was interrupted comes later
+            left[name] = table.sort_values(list(table.columns), ignore_index=True).to_json()
+        elif file.name == "result.json":
+            result = json.loads(file.read_text())
+            left[name] = {key: result.get(key) for key in ("best", "scores", "test", "figures", "best_step", "reward", "value")}
         elif file.name == "cost.json":
             left[name] = json.loads(file.read_text())
     return left
