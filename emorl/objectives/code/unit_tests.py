@@ -7,6 +7,7 @@ because it could call itself equal to everything.
 
 import ast
 import functools
+import io
 import logging
 import os
 import re
@@ -25,7 +26,6 @@ from emorl.policies.conversation import completion_text
 
 logger = logging.getLogger(__name__)
 
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = {"python", "python3", "py"}
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -39,9 +39,22 @@ def code_of(text: str) -> str:
     'x = 1\\n'
     """
     text = text.rpartition("</think>")[2]
-    blocks = [(match["language"].lower(), match["code"]) for match in _FENCED.finditer(text)]
-    python = [code for language, code in blocks if language in _PYTHON] or [code for language, code in blocks if not language]
-    return "\n".join(python) if python else text
+    blocks: list[tuple[str, list[str]]] = []  # language, lines
+    inside = False
+    for line in io.StringIO(text):
+        bare = line.lstrip(" \t")
+        if not bare.startswith("```"):
+            if inside:
+                blocks[-1][1].append(line)
+        elif inside or not line.endswith("\n"):
+            inside = False
+        else:
+            inside = True
+            blocks.append((re.split(r"[^\w+-]", bare[3:].lstrip(" \t"), maxsplit=1)[0].lower(), []))
+    python = [lines for language, lines in blocks if language in _PYTHON] or [
+        lines for language, lines in blocks if not language
+    ]
+    return "\n".join(map("".join, python)) if python else text
 
 
 @functools.lru_cache(maxsize=10_000)

@@ -1,6 +1,11 @@
 """Code with tests: what passes, what fakes and what misbehaves; everything in the sandbox and without its namespaces."""
 
+import contextlib
 import logging
+import os
+import select
+import socket
+import time
 
 import pytest
 
@@ -129,6 +134,43 @@ def test_namespaces_take_the_network_the_processes_and_the_files_away(tmp_path):
     assert not outside.exists()
 
 
+@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="this machine's calls are not known")
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_no_socket_of_the_host_takes_orders(tmp_path, isolation):
+    paths = {kind: str(tmp_path / name) for kind, name in ((socket.SOCK_STREAM, "stream"), (socket.SOCK_DGRAM, "datagram"))}
+    with contextlib.ExitStack() as stack:
+        heard = []
+        for kind, path in paths.items():
+            listening = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+            listening.bind(path)
+            heard.append(listening)
+        heard[0].listen()
+        abstract = stack.enter_context(socket.socket(socket.AF_UNIX))
+        abstract.bind("\0emorl-test")
+        abstract.listen()
+        internet = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        code = (
+            "import asyncio, ctypes, socket\n"
+            "def refused(*family, call=socket.socket.connect, to=None):\n"
+            "    try:\n        call(socket.socket(*family), to)\n    except OSError: return True\n"
+            "def pair(kind):\n    try: return bool(socket.socketpair(socket.AF_UNIX, kind))\n    except OSError: return False\n"
+            "def send(one, to): one.sendto(b'x', to)\n"
+            "async def one(): return 1\n"
+            "ring = ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(256))\n"
+        )
+        tests = [
+            f"assert refused(socket.AF_UNIX, to={paths[socket.SOCK_STREAM]!r})",
+            f"assert refused(socket.AF_UNIX, socket.SOCK_DGRAM, call=send, to={paths[socket.SOCK_DGRAM]!r})",
+            "assert refused(socket.AF_UNIX, to='\\0emorl-test')",
+            f"assert refused(to={internet.getsockname()!r})",
+            "assert ring == -1",
+            "assert pair(socket.SOCK_STREAM) and not pair(socket.SOCK_DGRAM) and not pair(socket.SOCK_SEQPACKET)",
+            "assert asyncio.run(one()) == 1",
+        ]
+        assert score(code, tests=tests, isolation=isolation, partial=True) == [1.0]
+        assert select.select([*heard, abstract, internet], [], [], 0)[0] == []
+
+
 def test_environment_user_and_directory_are_not_inherited(monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     tests = ["assert 'SECRET' not in os.environ", "assert 'emorl' not in sys.modules", "assert os.listdir() == []"]
@@ -149,6 +191,31 @@ def test_environment_user_and_directory_are_not_inherited(monkeypatch):
 )
 def test_the_code_of_a_text(text, code):
     assert code_of(text) == code
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "`",
+        "```",
+        "``` ",
+        "```\n",
+        "\n```py\n",
+        " ",
+        "\t\n",
+        "```a",
+        "\n   ",
+        "</think>",
+        "```python\nx = 1\n```",
+        "```python \r",
+        "\v```",
+    ],
+)
+def test_the_code_of_100_kb_is_found_at_once(piece):
+    text = "```" + piece * (100_000 // len(piece))
+    start = time.process_time()
+    code_of(text)
+    assert time.process_time() - start < 0.5  # seconds; ten times what an idle machine needs
 
 
 def test_a_function_body_after_its_prompt_and_a_check_that_takes_the_function():
