@@ -308,7 +308,18 @@ def _check_preferences(where: str, preferences: Mapping[str, float], objectives:
 RESERVED_NAMES = frozenset(
     {
         *("base", "system", "kind", "prompt", "prompt_index", "sample", "completion", "completions", "tokens", "front"),
-        *("mean", "mean_error", "minimum", "collapsed", "distinct_share", "distinct_2", "diversity_2", "edit_rate", "words"),
+        *(
+            "mean",
+            "mean_error",
+            "minimum",
+            "all_above_median",
+            "collapsed",
+            "distinct_share",
+            "distinct_2",
+            "diversity_2",
+            "edit_rate",
+            "words",
+        ),
         *("words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity"),
     }
 )

@@ -69,7 +69,8 @@ class StrataConfig:
 @dataclass(frozen=True, config=_strict, kw_only=True)
 class PolicyFuseConfig(FuseConfig):
     rank: int | None = Field(default=None, ge=1)
-    """of the fused adapter, at most; by default nothing is cut off (ties, dare: the sum of the ranks)"""
+    """of the fused adapter, at most. By default weighted sums (linear, slerp, model_stock) keep everything; ties and dare,
+    whose results have full rank, are cut to the sum of the policies' ranks: the card beside them says what share was kept"""
     energy: float | None = Field(default=None, gt=0, le=1)
     """instead: the share of every module's squared norm that is kept"""
     proposer: str | None = None

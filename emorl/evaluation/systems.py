@@ -62,14 +62,18 @@ def evaluate_weights(
 def summary_table(
     systems: Sequence[System], tables: Mapping[str, pd.DataFrame], objectives: Sequence[str], collapse_share: float
 ) -> pd.DataFrame:
-    """One row per system: system, kind, weight_<policy>, what `summarize` gives, completions, tokens;
-    `collapsed` where distinct completions fell under `collapse_share` of the base's."""
+    """One row per system: system, kind, weight_<policy>, what `summarize` gives, completions, tokens; `all_above_median`, the
+    share of prompts whose answer is better in every objective than half of all systems' answers (a mixture of answers that are
+    each good at one thing has few); `collapsed` where distinct completions fell under `collapse_share` of the base's."""
+    names = list(objectives)
+    medians = pd.concat([table[names] for table in tables.values()]).median()
     rows = [
         {
             "system": system.name,
             "kind": str(system.kind),
             **{f"weight_{name}": weight for name, weight in system.weights.items()},
             **summarize(tables[system.name], objectives),
+            "all_above_median": _share_above(tables[system.name], medians),
             "completions": len(tables[system.name]),
             "tokens": cost_of(tables[system.name], 0, 0.0).tokens,
         }
@@ -80,6 +84,12 @@ def summary_table(
     return summary.assign(
         collapsed=summary["distinct_share"] < collapse_share * base_share, front=front(summary[list(objectives)])
     )
+
+
+def _share_above(table: pd.DataFrame, medians: pd.Series) -> float:
+    """The share of prompts whose answers, on average, are above the medians of all objectives."""
+    per_prompt = table.groupby("prompt_index")[list(medians.index)].mean()
+    return float((per_prompt > medians).all(axis=1).mean())
 
 
 def hypervolumes(summary: pd.DataFrame, objectives: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:

@@ -43,6 +43,7 @@ _METRICS = {
     "repeated_trigrams": "repeated trigrams",
     "diversity_2": "diversity-2",
     "edit_rate": "edit rate",
+    "all_above_median": "all above median",
     "perplexity": "perplexity",
     "paper_perplexity": "perplexity (paper)",
 }

@@ -39,7 +39,15 @@ from emorl.runs.results import (
 )
 from emorl.runs.run import Cost, read_cost, read_json
 
-METRICS = ("diversity_2", "edit_rate", "words_deviation", "repeated_trigrams", "perplexity", "paper_perplexity")
+METRICS = (
+    "all_above_median",
+    "diversity_2",
+    "edit_rate",
+    "words_deviation",
+    "repeated_trigrams",
+    "perplexity",
+    "paper_perplexity",
+)
 """columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""
 _TRAINING = ("steps", "best_step", "stopped", "base_reward", "reward", "kl", "base_distinct_share", "distinct_share", "words",
              "collapsed")  # fmt: skip

@@ -124,6 +124,7 @@ def test_the_evaluation_holds_the_numbers_of_the_summary(page, finished_run):
         assert cells[5:] == [
             f"{row['minimum']:.3f}", f"{row['distinct_share']:.2f}", f"{row['distinct_2']:.2f}", f"{row['words']:.1f}",
             *(f"{row[key]:.2f}" for key in ("words_deviation", "repeated_trigrams", "diversity_2", "edit_rate")),
+            f"{row['all_above_median']:.2f}",
         ]  # fmt: skip
 
 
