@@ -1,8 +1,11 @@
-"""Runs untrusted code with tests in an interpreter, a directory and, where the system allows it, namespaces of its own."""
+"""Runs untrusted code with tests in an interpreter and a directory of its own, closed as far as the system allows it: by
+bubblewrap (https://github.com/containers/bubblewrap), by namespaces that the interpreter makes itself, or by limits alone."""
 
+import functools
 import json
 import marshal
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Literal
 
-from emorl.objectives.code.sandbox_child import PROTECTIONS, frame
+from emorl.objectives.code.sandbox_child import FILE_BYTES, NOBODY, PROTECTIONS, frame
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _GRACE = 60.0  # seconds for an interpreter to start and to end, on a busy machine
@@ -28,12 +31,12 @@ _ENVIRONMENT = {  # all there is
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one run: seconds on the wall clock (and of CPU time, rounded up), MiB of address space of each process, and whether
-    to use namespaces where the system gives them (`best`), to run only in them, or never to (`process`)."""
+    """Of one run: seconds on the wall clock (and of CPU time, rounded up), MiB of address space of each process, and what
+    closes it: the first of the others that there is (`best`), that one and nothing else, or limits alone (`process`)."""
 
     timeout: float
     memory_mb: int
-    isolation: Literal["best", "namespaces", "process"] = "best"
+    isolation: Literal["best", "bubblewrap", "namespaces", "process"] = "best"
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,50 @@ def run(source: str, suite: Suite, limits: Limits, partial: bool = True) -> Verd
             "directory": directory,
             "tests": len(suite.tests),
             "partial": partial,
+            "wrap": bubblewrap(directory) if limits.isolation in ("best", "bubblewrap") else None,
             **asdict(limits),
         }
-        frames = [json.dumps(job).encode(), marshal.dumps(astuple(suite))]
+        if limits.isolation == "bubblewrap" and job["wrap"] is None:
+            return Verdict((False,) * len(suite.tests), ("bubblewrap",))
+        jobs = [json.dumps(job).encode()] * (2 if job["wrap"] else 1)  # also for the interpreter inside
+        frames = [*jobs, marshal.dumps(astuple(suite))]
         reply, error = _exchange(b"".join(map(frame, frames)), limits.timeout + _GRACE)
     if not reply:
         raise RuntimeError(f"the sandbox for unit tests did not start: {error.strip().splitlines()[-1:] or 'no message'}")
     missing = tuple(name for bit, name in enumerate(PROTECTIONS) if reply[0] >> bit & 1)
     return Verdict(tuple(byte == 1 for byte in reply[1:].ljust(len(suite.tests), b"\0")), missing)
+
+
+def bubblewrap(directory: str) -> list[str] | None:
+    """What starts the child file inside: it sees Python, the system's programs and an empty `directory`, nothing else. None
+    where it cannot be started so."""
+    inside = _wrapped(directory)
+    return [*inside, sys.executable, "-s", "-P", str(_CHILD), "inside"] if inside and _starts() else None
+
+
+def _wrapped(directory: str) -> list[str] | None:
+    program = shutil.which("bwrap")
+    if program is None or sys.platform != "linux":
+        return None
+    system = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
+    python = {path for prefix in (sys.prefix, sys.base_prefix) for path in (prefix, os.path.realpath(prefix))}
+    seen = [part for path in (*system, *sorted(python), str(_CHILD.parent)) for part in ("--ro-bind-try", path, path)]
+    closed = [part for path in ("/", "/dev", "/proc") for part in ("--remount-ro", path)]
+    own = ["--proc", "/proc", "--dev", "/dev", "--size", str(FILE_BYTES), "--tmpfs", directory, *closed, "--chdir", directory]
+    unprivileged = ["setpriv", f"--ruid={NOBODY}", "unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}"]
+    as_nobody = unprivileged if os.geteuid() == 0 else []  # no limit on processes holds for root
+    return [*as_nobody, program, "--unshare-all", "--die-with-parent", "--as-pid-1", *seen, *own]
+
+
+@functools.cache
+def _starts() -> bool:
+    """Whether the system lets bubblewrap make its namespaces, and Python is found in them."""
+    command = [*(_wrapped("/tmp") or ()), sys.executable, "-c", ""]
+    try:
+        done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, timeout=_GRACE)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def _exchange(content: bytes, timeout: float) -> tuple[bytes, str]:

@@ -26,17 +26,19 @@ PROTECTIONS = (
     "no sockets",
 )
 
+_START = 30.0  # seconds for another interpreter, on a busy machine
 _PROCESSES = 16
 _OPEN_FILES = 64
-_FILE_BYTES = 16 << 20
+FILE_BYTES = 16 << 20
 
 # From linux/sched.h, mount.h, prctl.h, capability.h
 _NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000  # user, mount, pid, network, ipc
-_NOSUID_NODEV, _NOEXEC = 2 | 4, 8
+_NODEV, _NOSUID_NODEV, _NOEXEC, _BIND = 4, 2 | 4, 8, 4096
 _MOUNT_SETATTR, _RECURSIVE, _READ_ONLY, _PRIVATE = 442, 0x8000, 1, 1 << 18
-_DUMPABLE, _CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 4, 36, 38
+_DEVICES = (b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/random", b"/dev/urandom")  # all others are closed
+_DEATH_SIGNAL, _DUMPABLE, _CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
 _CAPABILITY_VERSION = 0x20080522
-_NOBODY = 65534
+NOBODY = 65534
 
 # Of seccomp, by machine: the audit architecture, and the numbers of socket, connect and ptrace, process_vm_readv and _writev,
 # then socketpair. io_uring_setup, which could do the same, and pidfd_getfd have one number everywhere.
@@ -78,19 +80,34 @@ def supervise() -> None:
         libc.prctl(_CHILD_SUBREAPER, 1, 0, 0, 0)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # out of memory, the kernel takes this process first
-    own_processes = libc is not None and job["isolation"] != "process" and _enter_namespaces(libc)
+    own_processes = libc is not None and (job["wrap"] or (job["isolation"] != "process" and _enter_namespaces(libc)))
     if libc is not None:
         libc.prctl(_DUMPABLE, 0, 0, 0, 0)  # nor does /proc show another's memory and files
     replies, reply = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(replies)
-        _sandboxed(job, libc, own_processes, reply)
+        if job["wrap"]:
+            os.dup2(reply, 1)
+            os.execvp(job["wrap"][0], job["wrap"])
+        missing = _close_files(libc, job["directory"].encode()) if own_processes else 0b0111
+        _sandboxed(job, libc, missing, reply)
     os.close(reply)
     os.close(0)
     content = _collect(pid, replies, 1 + job["tests"], job["timeout"])
-    _end(pid, sweep=libc is not None and not own_processes)
+    _end(pid, sweep=libc is not None and bool(job["wrap"] or not own_processes))
     os.write(1, content)
+
+
+def inside() -> None:
+    """The fork's work in what bubblewrap made: reads the job again and the tests from stdin, replies on stdout."""
+    job = json.loads(read_frame(0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_DUMPABLE, 0, 0, 0, 0)
+    libc.prctl(
+        _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0
+    )  # when bubblewrap ends; what it asked for itself is lost where root starts it
+    _sandboxed(job, libc, 0, os.dup(1))
 
 
 def _enter_namespaces(libc: Any) -> bool:
@@ -101,31 +118,28 @@ def _enter_namespaces(libc: Any) -> bool:
     """
     user, group = os.geteuid(), os.getegid()
     if user == 0:
-        os.setresuid(_NOBODY, 0, 0)
+        os.setresuid(NOBODY, 0, 0)
     if libc.unshare(_NEW_NAMESPACES):
         if user == 0:
             os.setresuid(0, 0, 0)
         return False
-    for name, content in (("setgroups", "deny"), ("uid_map", f"{_NOBODY} {user} 1"), ("gid_map", f"{_NOBODY} {group} 1")):
+    for name, content in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(content)
     return True
 
 
-def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) -> None:
-    """The fork: closes every door, then runs the code and its tests."""
+def _sandboxed(job: dict[str, Any], libc: Any, missing: int, reply: int) -> None:
+    """The fork: closes every door that is not `missing`, then runs the code and its tests."""
     os.setsid()
-    missing = 0b0111
-    if own_processes:
-        missing = _close_files(libc, job["directory"].encode())
     tests = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.chdir(job["directory"])
     seconds = int(job["timeout"]) + 1
-    limits = {"CPU": seconds, "FSIZE": _FILE_BYTES, "NOFILE": _OPEN_FILES, "CORE": 0}
+    limits = {"CPU": seconds, "FSIZE": FILE_BYTES, "NOFILE": _OPEN_FILES, "CORE": 0}
     if sys.platform == "linux":
         limits["AS"] = job["memory_mb"] << 20
-    if own_processes:  # elsewhere it counts all processes of the user
+    if not missing & 1:  # elsewhere it counts all processes of the user
         limits["NPROC"] = _PROCESSES
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
@@ -140,7 +154,7 @@ def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) 
     os.write(reply, bytes([missing]))
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
-    if missing and job["isolation"] == "namespaces":
+    if missing and job["isolation"] in ("bubblewrap", "namespaces"):
         os._exit(0)
     try:
         _run(job, tests, reply)
@@ -151,11 +165,16 @@ def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) 
 def _close_files(libc: Any, directory: bytes) -> int:
     """All files read-only, a small file system of its own in the working directory, a /proc with its own processes only;
     the bits of what the system refuses."""
-    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY, 0, _PRIVATE, 0)
+    for device in _DEVICES:  # a mount of its own
+        libc.mount(device, device, None, _BIND, None)
+    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY | _NODEV, 0, _PRIVATE, 0)
     read_only = not libc.syscall(_MOUNT_SETATTR, -1, b"/", _RECURSIVE, attributes, ctypes.sizeof(attributes))
-    size = f"size={_FILE_BYTES},mode=700".encode()
+    for device in _DEVICES:
+        attributes = (ctypes.c_uint64 * 4)(0, _NODEV, 0, 0)
+        libc.syscall(_MOUNT_SETATTR, -1, device, 0, attributes, ctypes.sizeof(attributes))
+    size = f"size={FILE_BYTES},mode=700".encode()
     files = read_only and not libc.mount(b"tmpfs", directory, b"tmpfs", _NOSUID_NODEV, size)
-    processes = not libc.mount(b"proc", b"/proc", b"proc", _NOSUID_NODEV | _NOEXEC, None)
+    processes = not libc.mount(b"proc", b"/proc", b"proc", _NOSUID_NODEV | _NOEXEC | _READ_ONLY, None)
     return (not files) << 1 | (not processes) << 2
 
 
@@ -182,13 +201,14 @@ class _Program(ctypes.Structure):
 
 
 def _collect(pid: int, replies: int, size: int, timeout: float) -> bytes:
-    """What the fork has replied when all is there, its pipe or its life has ended, or the time is over."""
-    deadline, content = time.monotonic() + timeout, b""
+    """What the fork has replied when all is there, its pipe or its life has ended, or the time since its first byte is over."""
+    deadline, content = time.monotonic() + _START, b""
     while len(content) < size and (left := deadline - time.monotonic()) > 0:
         if select.select([replies], [], [], min(left, 0.02))[0]:
             part = os.read(replies, size - len(content))
             if not part:
                 break
+            deadline = deadline if content else time.monotonic() + timeout
             content += part
         elif os.waitpid(pid, os.WNOHANG)[0]:  # what it forked may hold the pipe open
             break
@@ -240,4 +260,4 @@ def _link() -> Any:
 
 
 if __name__ == "__main__":
-    supervise()
+    inside() if sys.argv[1:] == ["inside"] else supervise()

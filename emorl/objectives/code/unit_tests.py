@@ -97,10 +97,11 @@ class UnitTests:
     """1 where the completion's code passes all of its row's tests, else 0; with `partial`, the share of the tests it passes.
 
     Code runs in an interpreter of its own with an empty environment and a temporary directory, under limits of time, memory,
-    file size and open files; all it starts is killed with it, and it opens no socket (Linux on x86-64 and ARM64). Where Linux
-    gives user namespaces to everybody, it sees no other process, starts few, and can write no file elsewhere. Where not (Docker's
-    default, macOS), one warning says what is missing: this then protects from accidents, not from attackers, so run emorl in a
-    container without network. Either way it reads the files you can read.
+    file size and open files; all it starts is killed with it, and it opens no socket (Linux on x86-64 and ARM64). Where
+    bubblewrap is installed (Debian: `bubblewrap`), it sees Python's and the system's programs and no other file or process.
+    Where it is not, but Linux gives user namespaces to everybody, it sees no other process and can write no file elsewhere, but
+    reads those that you can read. Where neither is (Docker's default, macOS), one warning says what is missing: this then
+    protects from accidents, not from attackers, so run emorl in a container without network.
 
     Tests run in a process of their own, which the code cannot reach, and see its values as plain data: built-in types,
     fractions, decimals, dates; arrays as lists. Printing, exiting and ending the process earn nothing, nor do objects equal to
@@ -127,8 +128,8 @@ class UnitTests:
     """MiB of address space for each of its processes (Linux)"""
     workers: int | None = Field(default=None, ge=1)
     """completions run at the same time; as many as there are processors by default"""
-    isolation: Literal["best", "namespaces", "process"] = "best"
-    """namespaces where the system gives them, only with all of them, or never"""
+    isolation: Literal["best", "bubblewrap", "namespaces", "process"] = "best"
+    """the first of the others that the system gives, or one alone: bubblewrap, namespaces of our own, or limits on a process"""
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         values = zip(
@@ -176,10 +177,10 @@ class UnitTests:
 
     def _score(self, job: tuple[str, Suite]) -> float:
         verdict = run(*job, Limits(self.timeout, self.memory_mb, self.isolation), self.partial)
-        if verdict.missing and self.isolation == "namespaces":
+        if verdict.missing and self.isolation in ("bubblewrap", "namespaces"):
             raise UserError(
-                f"unit_tests: this system does not give the code under test {'; '.join(verdict.missing)}, which `isolation: "
-                "namespaces` asks for; run in a container that is closed itself, with `isolation: best`"
+                f"unit_tests: this system does not give the code under test {'; '.join(verdict.missing)}, which "
+                f"`isolation: {self.isolation}` asks for; run in a container that is closed itself, with `isolation: best`"
             )
         if verdict.missing and self.isolation == "best":
             _warn("; ".join(verdict.missing))

@@ -19,8 +19,12 @@ from emorl.objectives.loading import check_objectives, load_objective
 DOUBLE = "def f(x):\n    return 2 * x\n"
 WRONG = "def f(x):\n    return 3 * x\n"
 TESTS = ["assert f(2) == 4", "assert f(0) == 0", "assert f([1]) == [1, 1]"]
-NAMESPACES = not run("", suite_of(("assert True",)), Limits(10, 256)).missing
-ISOLATIONS = ["namespaces", "process"] if NAMESPACES else ["process"]
+GIVEN = [
+    isolation
+    for isolation in ("bubblewrap", "namespaces")
+    if not run("", suite_of(("assert True",)), Limits(10, 256, isolation)).missing
+]
+ISOLATIONS = [*GIVEN, "process"]
 
 
 def score(*codes, tests=TESTS, isolation=ISOLATIONS[0], timeout=3.0, **options):
@@ -73,6 +77,14 @@ def test_tests_passed_before_a_hang_count():
 )
 def test_what_does_not_solve_the_task_earns_nothing(code):
     assert score(code, partial=True, timeout=1.0) == [0.0]
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_what_sleeps_is_ended_in_time_with_all_it_started(isolation):
+    start = time.monotonic()
+    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\ntime.sleep(600)"
+    assert score(code, isolation=isolation, timeout=0.5) == [0.0]
+    assert time.monotonic() - start < 60  # seconds; far from 600
 
 
 EVERYTHING = "class E:\n    __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = __call__ = lambda *a: True\n"
@@ -164,9 +176,9 @@ HARD = [
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
-@pytest.mark.parametrize("cheat", CHEATS)
-def test_no_cheat_passes_any_test(cheat, isolation):
-    assert score(CHEATS[cheat], tests=HARD, partial=True, isolation=isolation) == [0.0]
+def test_no_cheat_passes_any_test(isolation):
+    scores = score(*CHEATS.values(), tests=HARD, partial=True, isolation=isolation, timeout=10.0, workers=2)
+    assert dict(zip(CHEATS, scores, strict=True)) == dict.fromkeys(CHEATS, 0.0)
 
 
 def test_the_tests_that_no_cheat_passes_are_passed_by_what_is_right():
@@ -256,8 +268,9 @@ def test_one_that_misbehaves_leaves_the_others_alone(isolation):
     assert dict(zip(codes, score(*codes, isolation=isolation, workers=2), strict=True)) == codes
 
 
-@pytest.mark.skipif(not NAMESPACES, reason="this system gives no user namespaces")
-def test_namespaces_take_the_network_the_processes_and_the_files_away(tmp_path):
+@pytest.mark.skipif(not GIVEN, reason="this system gives no user namespaces")
+@pytest.mark.parametrize("isolation", GIVEN)
+def test_namespaces_take_the_network_the_processes_and_the_files_away(tmp_path, isolation):
     outside = tmp_path / "outside"
     code = (
         "import os, socket\ndef refused(what, *arguments):\n    try: what(*arguments)\n    except OSError: return True\n"
@@ -274,8 +287,49 @@ def test_namespaces_take_the_network_the_processes_and_the_files_away(tmp_path):
         "assert bombed == 0",
         "assert not dict(os.environ).get('HOME')",
     ]
-    assert score(code, tests=tests, partial=True, timeout=10.0) == [1.0]
+    assert score(code, tests=tests, partial=True, timeout=10.0, isolation=isolation) == [1.0]
     assert not outside.exists()
+
+
+@pytest.mark.skipif(not GIVEN, reason="this system gives no user namespaces")
+@pytest.mark.parametrize("isolation", GIVEN)
+def test_settings_of_the_kernel_and_devices_are_closed_for_root_too(isolation):
+    code = (
+        "import os, stat\ndef opens(path, flags=os.O_WRONLY):\n    try: os.close(os.open(path, flags | os.O_NONBLOCK))\n"
+        "    except OSError: return False\n    return True\n"
+        "settings = [p for p in ('/proc/sys/kernel/core_pattern', '/proc/sysrq-trigger', '/sys/power/state') if opens(p)]\n"
+        "harmless = 'null', 'zero', 'full', 'random', 'urandom', 'tty', 'console', 'ptmx'\n"
+        "devices = [e.path for e in os.scandir('/dev') if e.name not in harmless\n"
+        "           and not e.is_dir() and not e.is_symlink() and opens(e.path, os.O_RDONLY)]\n"
+        "null = opens('/dev/null') and open('/dev/urandom', 'rb').read(1)\n"
+    )
+    tests = ["assert settings == []", "assert devices == []", "assert len(null) == 1"]
+    assert score(code, tests=tests, partial=True, timeout=10.0, isolation=isolation) == [1.0]
+
+
+@pytest.mark.skipif("bubblewrap" not in GIVEN, reason="bubblewrap is not installed, or the system refuses it its namespaces")
+def test_bubblewrap_shows_no_file_but_pythons_and_the_systems(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    code = (
+        f"import os\nseen = [os.path.exists(p) for p in ({str(tmp_path / 'secret')!r}, '/etc/passwd', '/home',\n"
+        "    '/run', '/var')]\ndef writes(path):\n    try: open(path, 'w')\n    except OSError: return False\n    return True\n"
+        "written = [p for p in ('/x', '/tmp/x', '/dev/x', '/dev/shm/x', '/usr/x', '../x') if writes(p)]\n"
+        "open('own', 'w').write('x')\n"
+        "import numpy\n"
+    )
+    tests = ["assert seen == [False] * 5", "assert written == []", "assert os.listdir() == ['own']", "assert os.getuid() != 0"]
+    assert score(code, tests=tests, partial=True, timeout=10.0, isolation="bubblewrap") == [1.0]
+
+
+def test_best_takes_bubblewrap_where_there_is_one_and_says_where_it_was_asked_for_and_is_not(monkeypatch):
+    code, tests = "import os", ["assert os.path.exists('/etc/passwd')"]
+    assert score(code, tests=tests, isolation="best") == [float("bubblewrap" not in GIVEN)]
+    monkeypatch.setenv("PATH", "")
+    assert score(code, tests=tests, isolation="best") == [1.0]
+    with pytest.raises(
+        UserError, match=r"does not give the code under test bubblewrap, which `isolation: bubblewrap` asks for"
+    ):
+        score(code, tests=tests, isolation="bubblewrap")
 
 
 @pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="this machine's calls are not known")
@@ -387,7 +441,7 @@ def test_what_the_system_does_not_give_is_said(caplog):
     objective = UnitTests(tests_column="tests")
     with caplog.at_level(logging.WARNING):
         assert objective(["p"], [DOUBLE], tests=[TESTS]) == [1.0]
-    assert ("run it in a container" in caplog.text) == (not NAMESPACES)
+    assert ("run it in a container" in caplog.text) == (not GIVEN)
 
 
 @pytest.mark.parametrize(
