@@ -3,18 +3,17 @@
 import json
 import marshal
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Literal
 
-from emorl.objectives.code.sandbox_child import NONCE, PROTECTIONS, frame
+from emorl.objectives.code.sandbox_child import PROTECTIONS, frame
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _GRACE = 60.0  # seconds for an interpreter to start and to end, on a busy machine
@@ -39,10 +38,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests as compiled code, and every name they use."""
+    """Tests, each as its compiled statements; every name they use, and those that are modules, whatever the code says."""
 
-    tests: tuple[CodeType, ...]
+    tests: tuple[tuple[CodeType, ...], ...]
     names: tuple[str, ...]
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,30 +54,27 @@ class Verdict:
 
 
 def run(source: str, suite: Suite, limits: Limits, partial: bool = True) -> Verdict:
-    """Runs `source`, then each test in its names; stops at the first test that fails unless `partial`.
+    """Runs `source` in a process, then the tests in another; stops at the first that fails unless `partial`.
 
-    A test has passed when the nonce made for it comes back. Nonces wait in a pipe until their test has run; what the code
-    prints, how it exits and how it ends its process says nothing.
+    What the code prints, how it exits and how it ends its process says nothing.
 
     Raises:
         RuntimeError: the interpreter could not be started.
     """
-    nonces = [secrets.token_bytes(NONCE) for _ in suite.tests]
     with tempfile.TemporaryDirectory(prefix="emorl-tests-", ignore_cleanup_errors=True) as directory:
         job = {
             "source": source,
             "directory": directory,
-            "tests": len(nonces),
+            "tests": len(suite.tests),
             "partial": partial,
             **asdict(limits),
         }
-        frames = [json.dumps(job).encode(), marshal.dumps((suite.tests, suite.names)), *nonces]
+        frames = [json.dumps(job).encode(), marshal.dumps(astuple(suite))]
         reply, error = _exchange(b"".join(map(frame, frames)), limits.timeout + _GRACE)
     if not reply:
         raise RuntimeError(f"the sandbox for unit tests did not start: {error.strip().splitlines()[-1:] or 'no message'}")
-    replies = [reply[1 + NONCE * place :][:NONCE] for place in range(len(nonces))]
     missing = tuple(name for bit, name in enumerate(PROTECTIONS) if reply[0] >> bit & 1)
-    return Verdict(tuple(reply == nonce for reply, nonce in zip(replies, nonces, strict=True)), missing)
+    return Verdict(tuple(byte == 1 for byte in reply[1:].ljust(len(suite.tests), b"\0")), missing)
 
 
 def _exchange(content: bytes, timeout: float) -> tuple[bytes, str]:

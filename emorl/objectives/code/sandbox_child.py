@@ -1,13 +1,13 @@
-"""What runs in a sandbox's own interpreter: a supervisor, and its fork that runs the code and then the tests.
+"""What runs in a sandbox's own interpreter: a supervisor, its fork that runs the tests, and the fork of that with the code.
 
-`sandbox.py` starts this file by its path; it imports nothing of emorl. The supervisor never runs the code and never sees
-tests or nonces: it forks, waits for the deadline, kills what is left and hands on at most as many bytes as there are tests.
+`sandbox.py` starts this file by its path; it imports nothing of emorl. The supervisor forks, waits for the deadline, kills
+what is left and hands on at most as many bytes as there are tests. None of the three can look into another.
 """
 
-import builtins
 import contextlib
 import ctypes
 import errno
+import importlib.util
 import json
 import marshal
 import os
@@ -17,8 +17,6 @@ import signal
 import struct
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 PROTECTIONS = (
@@ -27,10 +25,6 @@ PROTECTIONS = (
     "an own /proc",
     "no sockets",
 )
-NONCE = 16  # bytes
-
-# As they are before the code can put others in their place.
-_read, _write, _getpid, _exit = os.read, os.write, os.getpid, os._exit
 
 _PROCESSES = 16
 _OPEN_FILES = 64
@@ -40,7 +34,7 @@ _FILE_BYTES = 16 << 20
 _NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000  # user, mount, pid, network, ipc
 _NOSUID_NODEV, _NOEXEC = 2 | 4, 8
 _MOUNT_SETATTR, _RECURSIVE, _READ_ONLY, _PRIVATE = 442, 0x8000, 1, 1 << 18
-_CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 36, 38
+_DUMPABLE, _CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 4, 36, 38
 _CAPABILITY_VERSION = 0x20080522
 _NOBODY = 65534
 
@@ -69,7 +63,7 @@ def frame(content: bytes) -> bytes:
 def _read_exactly(source: int, size: int) -> bytes:
     content = b""
     while len(content) < size:
-        part = _read(source, min(size - len(content), 1 << 20))
+        part = os.read(source, min(size - len(content), 1 << 20))
         if not part:
             raise EOFError("the pipe of tests ended")
         content += part
@@ -85,6 +79,8 @@ def supervise() -> None:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # out of memory, the kernel takes this process first
     own_processes = libc is not None and job["isolation"] != "process" and _enter_namespaces(libc)
+    if libc is not None:
+        libc.prctl(_DUMPABLE, 0, 0, 0, 0)  # nor does /proc show another's memory and files
     replies, reply = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -92,7 +88,7 @@ def supervise() -> None:
         _sandboxed(job, libc, own_processes, reply)
     os.close(reply)
     os.close(0)
-    content = _collect(pid, replies, 1 + NONCE * job["tests"], job["timeout"])
+    content = _collect(pid, replies, 1 + job["tests"], job["timeout"])
     _end(pid, sweep=libc is not None and not own_processes)
     os.write(1, content)
 
@@ -117,7 +113,7 @@ def _enter_namespaces(libc: Any) -> bool:
 
 
 def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) -> None:
-    """The fork: closes every door, then runs the code."""
+    """The fork: closes every door, then runs the code and its tests."""
     os.setsid()
     missing = 0b0111
     if own_processes:
@@ -137,8 +133,7 @@ def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) 
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(number, (limit, limit))
     if libc is not None:
-        if own_processes:
-            libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
+        libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
         libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if libc is None or not _close_sockets(libc):
         missing |= 0b1000
@@ -147,8 +142,10 @@ def _sandboxed(job: dict[str, Any], libc: Any, own_processes: bool, reply: int) 
         os.dup2(nothing, descriptor)
     if missing and job["isolation"] == "namespaces":
         os._exit(0)
-    _run(job["source"], tests, reply, job["partial"])
-    _exit(0)
+    try:
+        _run(job, tests, reply)
+    finally:  # whatever the code made of it
+        os._exit(0)
 
 
 def _close_files(libc: Any, directory: bytes) -> int:
@@ -217,80 +214,29 @@ def _children() -> list[int]:
     return []
 
 
-def _run(source: str, tests: int, reply: int, partial: bool) -> None:
-    """Runs the code, then reads the tests, runs one after the other, and after each one that passed answers with its nonce,
-    which was in the pipe until then."""
-    pristine, own_pid = dict(vars(builtins)), _getpid()
-    solution = types.ModuleType("solution")
-    sys.modules["solution"] = sys.modules["__main__"] = solution
-    if not _passes(source, vars(solution)) or _getpid() != own_pid:  # a copy that the code forked
-        return
-    builtins.__dict__.update(pristine)
-    suite, used = marshal.loads(read_frame(tests))
-    names = {**_visible(vars(solution), used), "__builtins__": pristine, "__plain__": plain}
+def _run(job: dict[str, Any], tests: int, reply: int) -> None:
+    """Forks the code's process, then reads the tests, which that one has never seen, and answers with a byte for each."""
+    link = _link()
+    source, target = link.open_link(job["source"])
+    suite, names, modules = marshal.loads(read_frame(tests))
+    own = {**link.trusted_names(job["source"], set(names)), **{name: importlib.import_module(name) for name in modules}}
+    tester = link.Tester(source, target, set(names) - set(modules), own)
     for test in suite:
-        passed = _passes(test, names)
-        if _getpid() != own_pid:
-            return
-        nonce = read_frame(tests)
-        _write(reply, nonce if passed else bytes(NONCE))
-        if not passed and not partial:
+        passed = tester.passes(test)
+        os.write(reply, bytes([passed]))
+        if not passed and not job["partial"]:
             return
 
 
-def _passes(code: str | types.CodeType, names: dict[str, Any]) -> bool:
-    try:
-        exec(compile(code, "solution.py", "exec") if isinstance(code, str) else code, names)
-    except BaseException:  # SystemExit is a failure too
-        return False
-    return True
-
-
-def _visible(defined: dict[str, Any], used: list[str]) -> dict[str, Any]:
-    """The code's names as tests see them: a builtin it redefines (`set = …`) only where that is all they call of it."""
-    called = [name for name in used if callable(defined.get(name))]
-    hidden = (
-        {name for name in defined if hasattr(builtins, name)} if any(not hasattr(builtins, name) for name in called) else ()
-    )
-    return {name: value for name, value in defined.items() if name not in hidden}
-
-
-def _items(value: Any, base: Any) -> Iterator[Any]:
-    return (plain(item) for item in base.__iter__(value))
-
-
-_BARE: dict[type, Callable[[Any], Any]] = {
-    str: str.__str__,
-    bytes: bytes.__bytes__,
-    int: int.__int__,
-    float: float.__float__,
-    complex: complex.__complex__,
-    list: lambda value: list(_items(value, list)),
-    tuple: lambda value: tuple(_items(value, tuple)),
-    set: lambda value: set(_items(value, set)),
-    frozenset: lambda value: frozenset(_items(value, frozenset)),
-    dict: lambda value: {plain(key): plain(dict.__getitem__(value, key)) for key in dict.__iter__(value)},
-}
-_HEAP_TYPE, _FLAGS = 1 << 9, type.__dict__["__flags__"]
-
-
-def plain(value: Any) -> Any:
-    """A value that compares as the built-in types do: their subclasses become the base, all the way down.
-
-    Raises:
-        TypeError: the value's class is the code's own; it could call itself equal to everything.
-    """
-    kind = type(value)
-    if kind is bool:
-        return value
-    for base, bare in _BARE.items():
-        if issubclass(kind, base):
-            return bare(value)
-    if _FLAGS.__get__(kind) & _HEAP_TYPE:
-        home = sys.modules.get(kind.__module__)
-        if kind.__module__ == "solution" or getattr(home, kind.__name__, None) is not kind:
-            raise TypeError(f"{kind.__name__} compares by its own rules")
-    return value
+def _link() -> Any:
+    """The module beside this file, under no name that the code could import."""
+    path = os.path.join(os.path.dirname(__file__), "sandbox_link.py")
+    specification = importlib.util.spec_from_file_location("sandbox_link", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Code that passes unit tests, as MBPP (Austin et al. 2021, arXiv 2108.07732) and HumanEval (Chen et al. 2021, arXiv
 2107.03374) score it.
 
-Departure: values that tests compare have to be of built-in or imported types; an object of the completion's own class is wrong,
-because it could call itself equal to everything.
+Departure: tests see the completion's values as plain data; an object of its own class compares with nothing, because it could
+call itself equal to everything.
 """
 
 import ast
@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
 from emorl.objectives.code.sandbox import Limits, Suite, run
+from emorl.objectives.code.sandbox_link import TRUSTED
 from emorl.objectives.rules.columns import column, texts
 from emorl.policies.conversation import completion_text
 
@@ -65,37 +66,25 @@ def suite_of(texts: tuple[str, ...]) -> Suite:
         SyntaxError: the texts are not Python.
         ValueError: nothing in them tests anything.
     """
-    tests, names, group = [], set(), []
+    tests, names, called, modules, group = [], set(), set(), set(), []
     with warnings.catch_warnings(action="ignore"):  # of data that is not ours, such as "\d"
         statements = [statement for text in texts for statement in ast.parse(text).body]
         for place, statement in enumerate(statements, start=1):
-            names |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            nodes = list(ast.walk(statement))
+            names |= {node.id for node in nodes if isinstance(node, ast.Name)}
+            called |= {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+            modules |= {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
             group.append(statement)
             if _holds(statement, ast.Assert) or (place == len(statements) and any(_holds(node, ast.Call) for node in group)):
-                module = _PlainOperands().visit(ast.Module(group, type_ignores=[]))
-                tests.append(compile(ast.fix_missing_locations(module), "tests.py", "exec"))
+                tests.append(tuple(compile(ast.Module([part], type_ignores=[]), "tests.py", "exec") for part in group))
                 group = []
     if not tests:
         raise ValueError("nothing in it is asserted or called; a test that only defines check(candidate) needs `entry_column`")
-    return Suite(tuple(tests), tuple(sorted(names)))
+    return Suite(tuple(tests), tuple(sorted(names)), tuple(sorted((modules & TRUSTED) - called - {"datetime"})))
 
 
 def _holds(statement: ast.stmt, kind: type[ast.AST]) -> bool:
     return not isinstance(statement, _DEFINITIONS) and any(isinstance(node, kind) for node in ast.walk(statement))
-
-
-def _plain(side: ast.expr) -> ast.expr:
-    return ast.Call(ast.Name("__plain__", ast.Load()), [side], [])
-
-
-class _PlainOperands(ast.NodeTransformer):
-    """Makes each comparison in a test, but `is`, one of plain values: `a == b` becomes `__plain__(a) == __plain__(b)`."""
-
-    def visit_Compare(self, node: ast.Compare) -> ast.Compare:
-        self.generic_visit(node)
-        if not any(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
-            node.left, node.comparators = _plain(node.left), [_plain(side) for side in node.comparators]
-        return node
 
 
 @functools.cache
@@ -108,13 +97,15 @@ class UnitTests:
     """1 where the completion's code passes all of its row's tests, else 0; with `partial`, the share of the tests it passes.
 
     Code runs in an interpreter of its own with an empty environment and a temporary directory, under limits of time, memory,
-    file size, open files and processes; all it starts is killed with it. Where Linux gives user namespaces to everybody, it has
-    no network, sees no other process, and can write nowhere else. Where not (Docker's default, macOS), one warning says what
-    is missing: this then protects from accidents, not from attackers, so run emorl in a container without network. Either way
-    it reads the files you can read.
+    file size and open files; all it starts is killed with it, and it opens no socket (Linux on x86-64 and ARM64). Where Linux
+    gives user namespaces to everybody, it sees no other process, starts few, and can write no file elsewhere. Where not (Docker's
+    default, macOS), one warning says what is missing: this then protects from accidents, not from attackers, so run emorl in a
+    container without network. Either way it reads the files you can read.
 
-    Printing, exiting and ending the process earn nothing, nor do redefined builtins and objects equal to everything. Code and
-    tests share an interpreter: what searches it for the pipe of its verdicts can still cheat. Read what wins.
+    Tests run in a process of their own, which the code cannot reach, and see its values as plain data: built-in types,
+    fractions, decimals, dates; arrays as lists. Printing, exiting and ending the process earn nothing, nor do objects equal to
+    everything, redefined builtins and patched modules. What a test asks an object of the code's own (`x.is_right()`) is
+    believed, and so is what every answer passes. Read what wins.
 
     >>> UnitTests(tests_column="tests")(["Double x."], ["def f(x):\\n    return 2 * x"], tests=[["assert f(2) == 4"]])
     [1.0]

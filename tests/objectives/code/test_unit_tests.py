@@ -75,6 +75,150 @@ def test_what_does_not_solve_the_task_earns_nothing(code):
     assert score(code, partial=True, timeout=1.0) == [0.0]
 
 
+EVERYTHING = "class E:\n    __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = __call__ = lambda *a: True\n"
+CHEATS = {
+    "an object equal to everything": "from unittest.mock import ANY\ndef f(x): return ANY",
+    "a mock for the function": "from unittest.mock import MagicMock\nf = MagicMock(return_value=7)",
+    "a class of a made-up module": (
+        "import sys, types\nm = types.ModuleType('made_up')\nsys.modules['made_up'] = m\n"
+        "m.E = type('E', (), {'__eq__': lambda a, b: True, '__module__': 'made_up'})\ndef f(x): return m.E()"
+    ),
+    "a class that says it is a built-in one": (
+        "E = type('int', (), {'__eq__': lambda a, b: True, '__module__': 'builtins', '__qualname__': 'int'})\n"
+        "def f(x): return E()"
+    ),
+    "a patched fraction": (
+        "import fractions\nfractions.Fraction.__eq__ = lambda a, b: True\ndef f(x): return fractions.Fraction(7)"
+    ),
+    "a patched decimal": (
+        "import _pydecimal as d, sys\nsys.modules['decimal'] = d\nd.Decimal.__eq__ = lambda a, b: True\n"
+        "def f(x): return d.Decimal(7)"
+    ),
+    "a metaclass": "class M(type):\n    __eq__ = lambda a, b: True\n    __hash__ = type.__hash__\n"
+    "class E(metaclass=M): pass\ndef f(x): return E",
+    "an object in a list": EVERYTHING + "def f(x): return [E()]",
+    "a key of a dictionary": "class E(str):\n    __eq__ = lambda a, b: True\n    __hash__ = lambda a: 0\n"
+    "def f(x): return {E('x'): 7}",
+    "a number that lies": "class E(int):\n    __eq__ = lambda a, b: True\n    __int__ = __index__ = lambda a: 4\n"
+    "def f(x): return E(7)",
+    "a named tuple that lies": (
+        "import collections\nclass E(collections.namedtuple('E', 'x')):\n    __eq__ = lambda a, b: True\ndef f(x): return E(7)"
+    ),
+    "a patched math": "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 7",
+    "a math of its own": "class math:\n    isclose = staticmethod(lambda *a, **k: True)\ndef f(x): return 7",
+    "another module as math": "import numpy as math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 7",
+    "a counter of its own": "from collections import Counter\nCounter = lambda x: 0\ndef f(x): return 7",
+    "redefined builtins": "import builtins\nset = sorted = abs = len = str = lambda x: 0\n"
+    "builtins.__dict__.update(abs=abs, set=set)\ndef f(x): return 7",
+    "frames of the tests": (
+        "import sys, gc\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        frame.f_globals['expected'] = 7\n"
+        "        frame = frame.f_back\n    for one in gc.get_objects():\n"
+        "        if isinstance(one, dict) and 'answer' in one: one['answer'] = 7\n"
+        "    return 7"
+    ),
+    "every descriptor": (
+        "import os\ndef f(x):\n    for fd in range(64):\n        try: os.write(fd, b'\\x01' * 16)\n"
+        "        except OSError: pass\n    return 7"
+    ),
+    "replies of its own": (
+        "import os, json\ndef f(x):\n"
+        "    for content in (['done', 4], ['done', ['held', 0], [], ''],\n"
+        "                    ['do', ['import', ['os', '_exit']], [0], ['builtins.dict', []]],\n"
+        "                    ['do', ['function', 0], [], []], ['done', ['unittest.mock.ANY', []], [], '']):\n"
+        "        content = json.dumps(content).encode()\n        for fd in range(3, 64):\n"
+        "            try: os.write(fd, len(content).to_bytes(8, 'big') + content)\n            except OSError: pass\n"
+        "    return 7"
+    ),
+    "the memory and the files of the tests": (
+        "import os\ndef f(x):\n    tests = os.getppid()\n"
+        "    supervisor = open(f'/proc/{tests}/stat').read().rpartition(')')[2].split()[1]\n"
+        "    for pid in (tests, supervisor):\n        for name in ('mem', 'environ', 'fd/0', 'fd/3', 'fd/4', 'fd/5'):\n"
+        "            try: open(f'/proc/{pid}/{name}', 'rb')\n            except OSError: continue\n            return 4\n"
+        "    return 7"
+    ),
+    "an exit where an error is expected": "import os\ndef f(x): os._exit(0)",
+    "killed tests": "import os, signal\ndef f(x):\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 7",
+    "a lying length": "class E(list):\n    __len__ = lambda a: 1\n    __iter__ = lambda a: iter([4])\ndef f(x): return E([7])",
+    "an instance of every class": (
+        "class M(type): __instancecheck__ = __eq__ = lambda *a: True\n"
+        + EVERYTHING.replace("class E:", "class E(metaclass=M):")
+        + "def f(x): return E()\nint = str = E"
+    ),
+    "patched json": "import json\njson.dumps = lambda *a, **k: '4'\njson.loads = lambda *a, **k: 4\ndef f(x): return 7",
+}  # fmt: skip
+HARD = [
+    "expected = 4\nassert f(2) == expected",
+    "assert 4 == f(2)",
+    "assert not f(2) != 4",
+    "assert f(2) in [4, 5]",
+    "assert [f(2)] == [4]",
+    "assert {1: f(2)} == {1: 4}",
+    "assert math.isclose(f(2), 4.0)",
+    "assert abs(f(2) - 4) < 1e-6",
+    "assert Counter([f(2)]) == Counter([4])",
+    "assert set([f(2)]) == set([4])",
+    "assert isinstance(f(2), int) and str(f(2)) == '4'",
+    "answer = f(2)\nassert answer <= 4 and answer >= 4",
+    "try:\n    f('a', 'b', 'c')\nexcept TypeError:\n    pass\nexcept Exception:\n    pass\nassert f(2) == 4",
+]
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_no_cheat_passes_any_test(cheat, isolation):
+    assert score(CHEATS[cheat], tests=HARD, partial=True, isolation=isolation) == [0.0]
+
+
+def test_the_tests_that_no_cheat_passes_are_passed_by_what_is_right():
+    assert score(f"import math\nfrom collections import Counter\n{DOUBLE}", tests=HARD, partial=True) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "test"),
+    [
+        ("def f(x): x.sort()", "x = [3, 1, 2]\nf(x)\nassert x == [1, 2, 3]"),
+        ("def f(x): x['n'] = 1; x.pop('o')", "x = {'o': 0}\nassert f(x) is None\nassert x == {'n': 1}"),
+        ("def f(x, y): y.add(x)", "y = set()\nf(1, y)\nassert y == {1}"),
+        ("def f(g, x): return [g(i) for i in x]", "assert f(lambda i: i + 1, (1, 2)) == [2, 3] and f(abs, [-1]) == [1]"),
+        ("def f(g): return lambda x: g(g(x))", "assert f(lambda i: i * 3)(2) == 18"),
+        ("def f(n):\n    for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0 and sum(f(4)) == 6"),
+        ("class S:\n    def __init__(self): self.x = []\n    def push(self, v): self.x.append(v)\n"
+        "    def __len__(self): return len(self.x)",
+         "s = S()\ns.push(4)\nassert len(s) == 1 and s.x == [4] and isinstance(s, S) and s\ns.x = []\nassert not s"),
+        ("class P:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
+        "def f(ps): return sum(p.a for p in ps)", "assert f([P(1, 2), P(3, 4)]) == 4"),
+        ("def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
+         "try:\n    f(-1)\nexcept ValueError as error:\n    assert str(error) == 'negative'\nelse:\n    assert False"),
+        ("class Bad(KeyError): pass\ndef f(x): raise Bad(x)", "try:\n    f(1)\nexcept LookupError:\n    caught = True\n"
+        "assert caught"),
+        ("n = 0\ndef f():\n    global n\n    n += 1", "f()\nassert n == 1\nf()\nassert n == 2"),
+        ("def f(x): print('hello', x)", "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "    f(3)\nassert out.getvalue() == 'hello 3\\n'"),
+        ("import datetime as d, decimal\n"
+        "def f(x): return d.datetime(2024, 2, x, tzinfo=d.timezone.utc), d.date(2024, 2, x), decimal.Decimal('0.1')",
+         "import datetime as d, decimal\n"
+         "assert f(3) == (d.datetime(2024, 2, 3, tzinfo=d.timezone.utc), d.date(2024, 2, 3), decimal.Decimal('0.1'))"),
+        ("def f(x): return ({1: b'a', (1, 2): frozenset([x])}, 1 + 2j, range(3), bytearray(b'b'), float('inf'), 10**5000,\n"
+         "    '\\ud800')",
+         "assert f(1) == ({1: b'a', (1, 2): frozenset([1])}, 1 + 2j, range(3), bytearray(b'b'), float('inf'), 10**5000,\n"
+         "    '\\ud800')"),
+        ("import numpy as np\ndef f(x): return np.array(x) * 2", "import numpy\n"
+        "assert f([1, 2]) == [2, 4] and numpy.array_equal(f([[1.5]]), [[3.0]])"),
+        ("from math import gcd", "assert gcd(4, 6) == 2"),
+        ("from itertools import product\ndef product(a, b): return a * b", "assert product(2, 3) == 6"),
+        ("import math, random\ndef f(x): return math.floor(x)", "x = random.random()\nassert f(x) == math.floor(x) == 0"),
+        ("def f(it): return list(it)[::-1]", "assert f(iter([1, 2])) == [2, 1] "
+         "and f(i for i in 'ab') == ['b', 'a'] and f(range(2)) == [1, 0]"),
+        ("def f(x): return x is None or type(x) is bool", "assert f(None) and f(True) and not f(1) and f(None) is True"),
+        ("def f(*a, k=1, **o): return a, k, o", "assert f(1, k=2, z=3) == ((1,), 2, {'z': 3})"),
+        ("def f(x): return x", "from solution import f as g\nimport solution\nassert g(1) == solution.f(1) == 1"),
+        ("def f(x): return x", "def check(h):\n    for i in range(300):\n        assert h([i] * 1000) == [i] * 1000\ncheck(f)"),
+    ],
+)  # fmt: skip
+def test_what_is_right_passes_across_the_border(code, test):
+    assert score(code, tests=test) == [1.0]
+
+
 def test_a_redefined_builtin_does_not_decide_a_test_but_may_be_the_task():
     cheat = "def f(x): return 7\nset = abs = lambda x: 0"
     assert score(cheat, tests="assert set(f(2)) == set([4])") == [0.0]
@@ -126,7 +270,7 @@ def test_namespaces_take_the_network_the_processes_and_the_files_away(tmp_path):
     tests = [
         "assert removed",
         "assert network",
-        "assert seen == [os.getpid()] == [1]",
+        "assert seen == [1, os.getpid()]",
         "assert bombed == 0",
         "assert not dict(os.environ).get('HOME')",
     ]
