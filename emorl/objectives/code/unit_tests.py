@@ -98,9 +98,9 @@ class UnitTests:
 
     Code runs in an interpreter of its own with an empty environment and a temporary directory, under limits of time, memory,
     file size and open files; all it starts is killed with it, and it opens no socket (Linux on x86-64 and ARM64). Where Linux
-    gives user namespaces to everybody, it sees no other process, starts few, and can write no file elsewhere. Where not (Docker's
-    default, macOS), one warning says what is missing: this then protects from accidents, not from attackers, so run emorl in a
-    container without network. Either way it reads the files you can read.
+    gives user namespaces to everybody, it sees no other process, starts few, and can write no file elsewhere. Where not
+    (Docker's default, macOS), one warning says what is missing: this then protects from accidents, not from attackers, so run
+    emorl in a container without network. Either way it reads the files you can read.
 
     Tests run in a process of their own, which the code cannot reach, and see its values as plain data: built-in types,
     fractions, decimals, dates; arrays as lists. Printing, exiting and ending the process earn nothing, nor do objects equal to
