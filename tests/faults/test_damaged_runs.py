@@ -12,6 +12,7 @@ from emorl import load_run
 from emorl.cli import main
 from emorl.config import UserError
 from emorl.runs.faults import faults_as_lines
+from emorl.runs.run import only_process
 from emorl.training.checkpoints import last_complete_checkpoint
 
 pytestmark = [
@@ -272,3 +273,24 @@ def test_a_run_may_be_moved_and_named_from_elsewhere(copied, monkeypatch, capsys
         assert "finished before" in capsys.readouterr().err
     moved = run.rename(run.with_name("elsewhere"))
     assert main(["run", arguments[0], f"output={moved}"]) == 0
+
+
+@pytest.mark.parametrize("stage", ["fuse", "evaluate", "train/vowels"])
+def test_two_of_one_command_at_once_do_not_both_write(copied, capsys, stage):
+    arguments, run = copied
+    shutil.rmtree(run / stage, ignore_errors=True)
+    capsys.readouterr()
+    with only_process(run / stage):
+        assert main([stage.partition("/")[0], *arguments]) == 2
+    assert "is being written by another process" in said(capsys)
+    assert not [path for path in (run / stage).rglob("*") if path.name not in (".lock", "run.json")]
+
+
+def test_a_password_in_a_storage_url_is_written_nowhere(whole, tmp_path, capsys):
+    place = "postgresql+psycopg://me:hunter2@nowhere/studies"
+    rest = [f"output={tmp_path / 'run'}", f"policies={whole / 'run'}"]
+    assert main(["search", str(whole / "experiment.yaml"), *rest, "--storage", place]) == 2
+    captured = capsys.readouterr()
+    assert "me:***@nowhere" in captured.err
+    assert "hunter2" not in captured.err + captured.out
+    assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

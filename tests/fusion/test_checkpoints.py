@@ -406,3 +406,14 @@ def test_numbers_that_are_none_stop_a_fusion_before_its_folder_appears(folders, 
     with pytest.raises(UserError, match=f"'{name}' would hold NaN or infinity"):
         fuse(content)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_its_own_beside_tied_models_is_refused(make_causal_model, tmp_path):
+    folders = []
+    for number, tied in enumerate((True, True, False)):
+        model = make_causal_model("llama", seed=number, tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path / str(number))
+        folders.append(tmp_path / str(number))
+    content = {**mergekit("ties", folders), "parameters": {"weight": 0.5}, "output": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="2 has an output head of its own and the others none"):
+        fuse(content)

@@ -139,7 +139,7 @@ def test_what_the_tables_say_follows_from_the_completions(finished, result):
     ensemble = result["methods"]["ensemble"]["mean"]["mean"]
     assert gap["difference"] == pytest.approx(ensemble - uniform["mean"]["mean"])
     assert gap["low"] <= gap["difference"] <= gap["high"]
-    assert result["best_rival"]["mean"] in METHODS
+    assert result["best_rival"]["mean"] in (*METHODS, None)  # none among ties
 
 
 def test_soups_use_the_ensembles_policies_and_their_own_search(finished):

@@ -229,9 +229,6 @@ class Handle:
     def __instancecheck__(self, instance: Any) -> bool:
         return self._do("builtins", "isinstance", instance, self) is True
 
-    def __contains__(self, item: Any) -> bool:
-        return self._do("operator", "contains", self, item) is True
-
     def __getitem__(self, key: Any) -> Any:
         return self._do("operator", "getitem", self, key)
 

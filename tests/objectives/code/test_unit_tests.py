@@ -181,6 +181,11 @@ def test_no_cheat_passes_any_test(isolation):
     assert dict(zip(CHEATS, scores, strict=True)) == dict.fromkeys(CHEATS, 0.0)
 
 
+def test_an_object_of_the_codes_own_does_not_hold_everything():
+    assert score(EVERYTHING + "def f(x): return E()", tests="assert 4 in f(2)") == [0.0]
+    assert score("def f(x): return (i for i in [x, 4])", tests="assert 4 in f(2)") == [1.0]
+
+
 def test_the_tests_that_no_cheat_passes_are_passed_by_what_is_right():
     assert score(f"import math\nfrom collections import Counter\n{DOUBLE}", tests=HARD, partial=True) == [1.0]
 
