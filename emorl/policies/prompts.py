@@ -11,7 +11,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from emorl.config import UserError
 
 _AFTER = "answer_after"
-_ARGUMENTS = re.compile(r"\A(?:{% set emorl_\w+ = .*? %}\n{% set \w+ = .*? %}\n)+")
+_ARGUMENTS = re.compile(r"\A(?:{# emorl #}{% set \w+ = .*? %}\n)+")
 
 
 def prepare_tokenizer(
@@ -49,9 +49,8 @@ def answers_begin_after(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _told(template: str, arguments: Mapping[str, Any]) -> str:
     """The template with arguments set before its first line; those that were set before are replaced."""
-    lines = [f"{{% set {name} = {_literal(value)} %}}\n" for name, value in arguments.items()]
-    marks = [f"{{% set emorl_{name} = true %}}\n" for name in arguments]
-    return "".join(mark + line for mark, line in zip(marks, lines, strict=True)) + _ARGUMENTS.sub("", template)
+    lines = [f"{{# emorl #}}{{% set {name} = {_literal(value)} %}}\n" for name, value in arguments.items()]
+    return "".join(lines) + _ARGUMENTS.sub("", template)
 
 
 def _literal(value: Any) -> str:

@@ -48,11 +48,18 @@ class Materials:
     @property
     def is_conversational(self) -> bool:
         """Whether prompts of the base are conversations."""
-        from emorl.policies.base import load_tokenizer
         from emorl.policies.prompts import is_chat
 
-        config = self.experiment.base
-        return self._once("template", config, lambda: is_chat(load_tokenizer(config)))
+        return is_chat(self._tokenizer)
+
+    @property
+    def _tokenizer(self) -> Any:
+        """The base's, which asks and reads as `data` says, without the base."""
+        from emorl.policies.base import load_tokenizer
+
+        base, data = self.experiment.base, self.experiment.data
+        asked = [as_mapping(base, _in_memory), data.chat_template_kwargs, data.after]
+        return self._once("tokenizer", asked, lambda: self._prepared(load_tokenizer(base)))
 
     @property
     def splits(self) -> "Splits":
@@ -65,15 +72,12 @@ class Materials:
         return self._once("prompts that fit", self._asked, lambda: self._checked(splits))
 
     def _checked(self, splits: "Splits") -> "Splits":
-        from emorl.policies.base import config_of, load_tokenizer
+        from emorl.policies.base import config_of
         from emorl.policies.prompts import check_prompts
 
-        tokenizer, new_tokens = (
-            self._prepared(load_tokenizer(self.experiment.base)),
-            self.experiment.generation.get("max_new_tokens"),
-        )
+        new_tokens = self.experiment.generation.get("max_new_tokens")
         for part in (splits.train, splits.validation, splits.test):
-            check_prompts(tokenizer, config_of(self.experiment.base), part["prompt"], new_tokens)
+            check_prompts(self._tokenizer, config_of(self.experiment.base), part["prompt"], new_tokens)
         return splits
 
     @property
@@ -112,11 +116,7 @@ class Materials:
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of the base's, for reward functions that ask for them."""
-        from emorl.policies.base import load_tokenizer
-
-        base = self.experiment.base
-        tokenizer = self._once("tokenizer", base, lambda: load_tokenizer(base))
-        return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     @property
     def base(self) -> "Base":
