@@ -17,7 +17,8 @@ COMMANDS = {
     "quickstart": "The whole job on an embedded example: train, search, compare, report.",
     "init": "Write a commented experiment file that runs as it is.",
     "run": "All stages of an experiment; finished ones are skipped, an interrupted one continues.",
-    "train": "Train one LoRA policy per objective with GRPO or SCST, or one for all (train.mode).",
+    "train": "Train one LoRA policy per objective with GRPO, SCST or DPO, or one for all (train.mode).",
+    "samples": "Sample the base's answers to the training prompts, once for all policies that are trained offline (DPO).",
     "search": "Search the aggregation weights of the trained policies, and save the ensemble that was found.",
     "evaluate": "Compare what was found with its rivals on test prompts.",
     "compare": "Train the ensemble and its rivals at the same budget, once per seed, and compare them on test prompts.",
@@ -77,6 +78,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors on a CPU
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's use of names that transformers has renamed
 
 

@@ -348,7 +348,7 @@ def test_help_teaches_the_keys_of_that_command_alone(command, capsys, monkeypatc
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert COMMANDS[command].split(";")[0][:40] in " ".join(text.split())
-    keys = {"\n  train.grpo  straight to trl.GRPOConfig": ("run", "train", "compare"),
+    keys = {"\n  train.grpo  straight to trl.GRPOConfig": ("run", "train", "samples", "compare"),
             "\n  search.proposer [auto]": ("run", "search", "compare"),
             "\n  evaluate.attacks [True]": ("run", "evaluate", "compare"),
             "\n  dynamic.agent.states [True]": ("dynamic",)}  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from emorl.config import UserError
@@ -17,114 +17,12 @@ from emorl.config.base import BaseConfig
 from emorl.config.data import DataConfig
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
-from emorl.config.objects import TextOrObject, short_form
+from emorl.config.objective import ObjectiveConfig
+from emorl.config.train import Method as TrainMethod
+from emorl.config.train import TrainConfig
 from emorl.config.yaml import apply_overrides, parse, read_yaml
 
 _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-@dataclass(frozen=True, config=_strict)
-class TransformConfig:
-    range: tuple[float, float] | None = None
-    """lowest and highest raw score, which become 0 and 1; by default what the objective's function declares"""
-    mean: float | None = None
-    """instead of a range, where there is none (a reward model's logit): score = logistic((raw score - mean) / std)"""
-    std: float | None = Field(default=None, gt=0)
-    """goes with mean"""
-    clip: tuple[float, float] | None = None
-    """scores are cut to these: [0, 1] by default, [0.0001, 0.9999] with log (paper)"""
-    log: bool = False
-    """training maximises log(score) (paper's reward); validation, search, evaluation and report show the score itself"""
-
-    def __post_init__(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std go together")
-        if self.range is not None and self.mean is not None:
-            raise ValueError("give either a range, or mean and std")
-        if self.range is not None and self.range[0] >= self.range[1]:
-            raise ValueError(f"range: expected two numbers, the lower first, got {list(self.range)}")
-        if self.clip is not None and not 0 <= self.clip[0] < self.clip[1] <= 1:
-            raise ValueError(f"clip: expected two numbers in [0, 1], the lower first, got {list(self.clip)}")
-        if self.log and self.clip is not None and self.clip[0] == 0:
-            raise ValueError("clip must begin above 0 where log is on: log(0) is no reward")
-
-
-@dataclass(frozen=True, config=_strict)
-class ObjectiveConfig:
-    function: TextOrObject
-    """registry name (classifier, likelihood, length, …), hub id of a sequence classifier, or package.module:attribute; in
-    Python also a reward function or class itself"""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """options of that function; may be written beside `function` directly (one called `transform` only here)"""
-    transform: TransformConfig | None = None
-    """from the function's raw score to a score in [0, 1]; without it, the range that the function declares is mapped onto
-    [0, 1], and the scores of a function that declares none stay as they are"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        """`reflection: package.module:f` (or a callable) and options written beside `function`."""
-        value = value if isinstance(value, cls) else short_form("function", value)
-        content = value if isinstance(value, dict) else dict(getattr(value, "kwargs", None) or {})
-        options = {k: v for k, v in content.items() if k not in ("function", "options", "transform")}
-        options |= content.get("options") or {}
-        return {"function": content.get("function"), "options": options, "transform": content.get("transform")}
-
-
-@dataclass(frozen=True, config=_strict)
-class ConvergenceConfig:
-    window: int = Field(default=20, ge=2)
-    """validations looked back on (paper: 20)"""
-    threshold: float = Field(default=0.015, ge=0)
-    """stop when standard deviation / |mean| of the window falls below this (paper: 0.015); 0 never stops"""
-
-
-@dataclass(frozen=True, config=_strict)
-class DynaOptConfig:
-    gamma: float = Field(default=0.07, gt=0, le=1)
-    """Exp3's share of random choices, and its step (DynaOpt: 0.07); the reward weights move at every validation"""
-
-
-@dataclass(frozen=True, config=_strict)
-class CollapseConfig:
-    share: float = Field(default=0.8, ge=0, le=1)
-    """a policy with fewer distinct completions over prompts than this share of the base's counts as collapsed; no
-    checkpoint more than half the way there is kept as best; 0 switches this off"""
-    patience: int = Field(default=3, ge=1)
-    """stop training after this many collapsed validations in a row"""
-
-
-Mode = Literal["ensemble", "uniform", "weighted", "gdpo", "dynaopt"]
-
-
-@dataclass(frozen=True, config=_strict)
-class TrainConfig:
-    mode: Mode = "ensemble"
-    """ensemble trains one policy per objective (EMORL); all others train one policy for all objectives: uniform (mean of the
-    rewards), weighted (by preferences), gdpo (each reward normalised in its group, then summed), dynaopt (a bandit moves
-    the reward weights)"""
-    preferences: dict[str, float] = Field(default_factory=dict)
-    """objective -> weight of its reward, for mode weighted; what is not named counts 0"""
-    tuning: Literal["lora", "full"] = "lora"
-    """full tunes every parameter (the authors' single policies); an ensemble is made of LoRA adapters only"""
-    lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
-    """straight to peft.LoraConfig"""
-    grpo: dict[str, Any] = Field(default_factory=dict)
-    """straight to trl.GRPOConfig (learning_rate, max_steps, beta, num_generations, eval_steps, …); for a decoder"""
-    scst: dict[str, Any] = Field(default_factory=dict)
-    """straight to emorl's SCSTConfig, the same settings where both have them (and baseline); for an encoder-decoder"""
-    dynaopt: DynaOptConfig = Field(default_factory=DynaOptConfig)
-    """the bandit of mode dynaopt"""
-    convergence: ConvergenceConfig = Field(default_factory=ConvergenceConfig)
-    """when training has converged (paper's rule)"""
-    collapse: CollapseConfig = Field(default_factory=CollapseConfig)
-    """when a policy counts as collapsed to few sentences"""
-
-    def __post_init__(self) -> None:
-        if self.mode == "ensemble" and self.tuning == "full":
-            raise ValueError("tuning: full needs a mode that trains one policy; an ensemble is made of LoRA adapters")
-        if (self.mode == "weighted") != bool(self.preferences):
-            raise ValueError("mode weighted and preferences go together, for example preferences={helpful: 2, polite: 1}")
 
 
 @dataclass(frozen=True, config=_strict)
@@ -200,7 +98,10 @@ class EvaluateConfig:
     and the training prompts' ones are tried as the one answer for everyone"""
 
 
-Method = Literal["ensemble", "soups", "scaled_ensemble", "scaled_soups", "uniform", "weighted", "gdpo", "dynaopt"]
+Method = Literal[
+    "ensemble", "soups", "scaled_ensemble", "scaled_soups", "uniform", "weighted", "gdpo", "dynaopt",
+    "ensemble_dpo", "soups_dpo", "uniform_dpo", "weighted_dpo",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, config=_strict)
@@ -209,11 +110,12 @@ class CompareConfig:
     """ensemble: one policy per objective, hidden states averaged (EMORL); soups: the same policies, parameters averaged;
     scaled_ensemble and scaled_soups: with their adapters times `adapter_scale`; the others are train.mode's: one policy that
     trains as many steps as all of the ensemble's together. weighted trains one policy for each entry of `preferences`, which
-    share these steps"""
+    share these steps. Those that end in _dpo are trained offline, on one set of samples of the base that all of them share
+    (`train.samples`, `train.dpo`): their samples and seconds are told beside the others'"""
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     """one training, search and comparison with each; prompts are split alike in all"""
     preferences: list[dict[str, float]] = Field(default_factory=list)
-    """of method weighted"""
+    """of methods weighted and weighted_dpo"""
     adapter_scale: float = Field(default=2.0, gt=0)
     """of the scaled methods"""
     tuning: Literal["lora", "full"] = "lora"
@@ -227,7 +129,9 @@ class CompareConfig:
         borrowed = [method for method in self.methods if method in ("soups", "scaled_ensemble", "scaled_soups")]
         if borrowed and "ensemble" not in self.methods:
             raise ValueError(f"method {borrowed[0]} combines the ensemble's policies; compare the ensemble too")
-        if ("weighted" in self.methods) != bool(self.preferences):
+        if "soups_dpo" in self.methods and "ensemble_dpo" not in self.methods:
+            raise ValueError("method soups_dpo combines the policies of ensemble_dpo; compare that too")
+        if bool({"weighted", "weighted_dpo"} & set(self.methods)) != bool(self.preferences):
             raise ValueError("method weighted and preferences go together, such as [{helpful: 2, polite: 1}, {polite: 1}]")
 
 
@@ -268,6 +172,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.objectives:
             raise ValueError("objectives: name at least one objective")
+        if self.train.mode != "ensemble":
+            self._check_one_policy()
         for name in self.objectives:
             if not name.isidentifier() or name in RESERVED_NAMES:
                 raise ValueError(
@@ -294,6 +200,31 @@ class Experiment:
     def policy_names(self) -> list[str]:
         """The policies that `train.mode` trains: one for each objective, or a single one that bears the mode's name."""
         return list(self.objectives) if self.train.mode == "ensemble" else [self.train.mode]
+
+    def method_of(self, policy: str) -> TrainMethod | None:
+        """How a policy is trained; None leaves it to what the base is."""
+        if self.train.mode != "ensemble":
+            return self.train.method
+        objective = self.objectives[policy]
+        return objective.method or ("dpo" if objective.pairs else self.train.method)
+
+    def has_pairs(self, policy: str) -> bool:
+        """Whether a policy is trained on pairs that people made."""
+        return policy in self.objectives and self.objectives[policy].pairs is not None
+
+    def makes_pairs(self, policy: str) -> bool:
+        """Whether a policy is trained on pairs of sampled answers."""
+        return self.method_of(policy) == "dpo" and not self.has_pairs(policy)
+
+    def _check_one_policy(self) -> None:
+        """Each objective of a single policy must score answers, and cannot have a method of its own."""
+        for name, objective in self.objectives.items():
+            if objective.function is None:
+                raise ValueError(f"objectives.{name}: train.mode={self.train.mode} needs scores; give it a function")
+            if objective.pairs is not None:
+                raise ValueError(f"objectives.{name}.pairs: train.mode={self.train.mode} trains on scores; leave them out")
+            if objective.method is not None:
+                raise ValueError(f"objectives.{name}.method: train.mode={self.train.mode} trains one policy; use train.method")
 
 
 def _check_preferences(where: str, preferences: Mapping[str, float], objectives: Sequence[str]) -> None:

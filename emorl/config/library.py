@@ -60,12 +60,15 @@ def check_keys(block: Mapping[str, Any], known: Iterable[str], where: str, owner
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:
-    """The value as its field declares it; true and false pass where a text may stand, as libraries take them there too."""
+    """The value as its field declares it; true and false pass where a text may stand, as libraries take them there too, and one
+    text stands for a list of it."""
     expected = f"{where}: expected {_shown(kind)}, got {value!r:.80}"
     if isinstance(value, bool):
         if bool in (inside := {kind, *_inside(kind)}) or str in inside or Any in inside:
             return value
         raise UserError(expected)
+    if kind == list[str] and isinstance(value, str):
+        return [value]
     try:
         read = TypeAdapter(kind, config=_config_of(kind)).validate_python(value)
     except ValidationError:
@@ -97,6 +100,7 @@ _READ_AS = {
     str: "a text",
     bool: "true or false",
     dict: "a block",
+    list: "a list",
     type(None): "nothing",
 }
 

@@ -11,13 +11,15 @@ TABLES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet
 
 
 def check_places(experiment: Experiment) -> None:
-    """Refuses prompts and a base that are on no disk and, by their names, on no hub either.
+    """Refuses prompts, pairs and a base that are on no disk and, by their names, on no hub either.
 
     Raises:
         UserError: one of them, by its key.
     """
     data = experiment.data
-    for path in (data.path, data.validation_path, data.test_path):
+    pairs = [objective.pairs for objective in experiment.objectives.values() if objective.pairs is not None]
+    of_pairs = [path for one in pairs for path in (one.path, one.validation_path)]
+    for path in (data.path, data.validation_path, data.test_path, *of_pairs):
         if isinstance(path, str):
             check_table_file(path)
     model = experiment.base.model

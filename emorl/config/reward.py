@@ -20,7 +20,7 @@ _strict = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_na
 @dataclass(frozen=True, config=_strict)
 class RewardDataConfig:
     path: str
-    """graded responses: a csv, json, jsonl or parquet file, or a data set's hub id"""
+    """graded responses or pairs: a csv, json, jsonl or parquet file, or a data set's hub id"""
     validation_path: str | None = None
     """a file or hub id of its own for validation"""
     validation: float = Field(default=0.1, gt=0, lt=1)
@@ -37,6 +37,12 @@ class RewardDataConfig:
     group_column: str | None = None
     """rows of one group are never split between training and validation, and a ranking compares inside groups; the
     prompt by default"""
+    chosen_column: str | None = None
+    """pairs instead of graded responses, with `loss: ranking`: column with the better answers, in TRL's formats (texts or
+    turns; without a prompt column, whole conversations or texts that begin with the prompt). The four keys before this
+    one play no part"""
+    rejected_column: str | None = None
+    """column with the worse answers"""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -46,7 +52,7 @@ class RewardExperiment:
     model: str
     """hub id or folder of any transformers encoder or decoder with safetensors weights"""
     data: RewardDataConfig
-    """graded responses"""
+    """graded responses, or pairs"""
     loss: Literal["regression", "classification", "ranking"]
     """regression: every label column by binary cross-entropy with the label as target. classification: cross-entropy of one
     class name. ranking: the better of two responses of a group by a margin (PAIR)"""
@@ -66,7 +72,7 @@ class RewardExperiment:
     max_tokens: int = Field(default=192, ge=8)
     """prompt and response together; the longer of them is cut"""
     group_size: int = Field(default=16, ge=2)
-    """ranking: most responses of a group in one step; larger groups are cut into parts"""
+    """ranking: most responses of a group in one step (a pair is a group of two); larger groups are cut into parts"""
     patience: int = Field(default=2, ge=1)
     """stop after this many validations without a lower loss (after calibration, but for rankings); the best checkpoint is
     kept"""
@@ -82,6 +88,19 @@ class RewardExperiment:
             raise ValueError(f"data.labels: {self.loss} takes one column, got {self.data.labels}")
         if self.data.label_range[0] >= self.data.label_range[1]:
             raise ValueError(f"data.label_range: expected [lowest, highest], got {list(self.data.label_range)}")
+        if self.data.chosen_column is not None or self.data.rejected_column is not None:
+            _check_pairs(self.data, self.loss)
+
+
+def _check_pairs(data: RewardDataConfig, loss: str) -> None:
+    if None in (data.chosen_column, data.rejected_column) or data.chosen_column == data.rejected_column:
+        raise ValueError("data.chosen_column, data.rejected_column: expected two columns, or neither")
+    if loss != "ranking":
+        raise ValueError(f"loss: pairs (data.chosen_column) are learnt by ranking, got {loss}")
+    graded = RewardDataConfig(path=data.path)
+    for key in ("response_column", "labels", "label_range", "group_column"):
+        if getattr(data, key) != getattr(graded, key):
+            raise ValueError(f"data.{key} is of graded responses, data.chosen_column of pairs; leave one of them out")
 
 
 def load_reward_experiment(path: Path, overrides: Sequence[str] = ()) -> RewardExperiment:
@@ -106,6 +125,8 @@ class RefreshExperiment:
     def __post_init__(self) -> None:
         if len(self.policy.objectives) != 1:
             raise ValueError(f"policy.objectives: expected the reward model alone, got {sorted(self.policy.objectives)}")
+        if self.reward.data.chosen_column is not None:
+            raise ValueError("reward.data.chosen_column: a refresh adds graded rows; give graded responses instead of pairs")
         if self.reward.loss == "classification":
             raise ValueError("reward.loss: a refresh needs a lowest grade; use ranking or regression")
         if self.reward.data.prompt_column is None:

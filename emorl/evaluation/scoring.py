@@ -72,15 +72,34 @@ def generate(
         for start in range(0, len(repeated), batch):
             torch.manual_seed(seed + start)
             part = repeated[start : start + batch]
-            inputs = encode(tokenizer, [prompts[index] for index, _ in part]).to(input_device(model))
             rows_of = [index for index, _ in part]
-            check_fits(model.config, inputs["input_ids"].shape[1], generation.get("max_new_tokens"), prompts[rows_of[-1]])
             extra = {name: values[rows_of].to(input_device(model)) for name, values in (per_prompt or {}).items()}
-            output = model.generate(**inputs, **generation, **asked_for(generation, tokenizer), **extra)
-            before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # start token, or the prompt
-            completion_ids = output[:, before:]  # (B, T)
+            completion_ids = generated_ids(model, tokenizer, [prompts[index] for index in rows_of], generation, extra)
             rows.append(completions_table(tokenizer, prompts, part, completion_ids))
     return pd.concat(rows).sort_values(["prompt_index", "sample"], ignore_index=True)
+
+
+def generated_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    generation: Mapping[str, Any],
+    extra: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """What the model writes behind each prompt of one batch, (B, T), padded on the right.
+
+    Args:
+        extra: further arguments of `model.generate()`.
+
+    Raises:
+        UserError: a prompt that leaves no positions for it.
+    """
+    inputs = encode(tokenizer, prompts).to(input_device(model))
+    longest = max(prompts, key=lambda prompt: len(prompt_text(prompt)))
+    check_fits(model.config, inputs["input_ids"].shape[1], generation.get("max_new_tokens"), longest)
+    output = model.generate(**inputs, **generation, **asked_for(generation, tokenizer), **extra)
+    before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # start token, or the prompt
+    return output[:, before:]
 
 
 def completions_table(
@@ -169,14 +188,21 @@ def summarize(table: pd.DataFrame, objectives: Sequence[str]) -> dict[str, float
     and edit rate, mean words and their standard deviation, repeated trigrams, and perplexities where the table has them."""
     means, errors = mean_and_error(table, objectives)
     per_prompt = table.groupby("prompt_index")[list(objectives)].mean().mean(axis=1)
-    first = table[table["sample"] == table["sample"].min()]["completion"].tolist()
-    completions = table["completion"].tolist()
     return {
         **dict(zip(objectives, means, strict=True)),
         **{f"{name}_error": error for name, error in zip(objectives, errors, strict=True)},
         "mean": float(np.mean(means)),
         "mean_error": float(per_prompt.sem()),
         "minimum": min(means),
+        **summarize_texts(table),
+    }
+
+
+def summarize_texts(table: pd.DataFrame) -> dict[str, float]:
+    """What `summarize` says of the texts alone."""
+    first = table[table["sample"] == table["sample"].min()]["completion"].tolist()
+    completions = table["completion"].tolist()
+    return {
         "distinct_share": distinct_share(first),
         "distinct_2": distinct_2(first),
         "diversity_2": diversity_2(completions),

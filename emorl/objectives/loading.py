@@ -15,7 +15,7 @@ from typing import Any
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from emorl.config import UserError, nearest
-from emorl.config.experiment import ObjectiveConfig, TransformConfig
+from emorl.config.objective import ObjectiveConfig, TransformConfig
 from emorl.config.objects import shown_name
 from emorl.config.yaml import parse
 from emorl.objectives import REGISTRY
@@ -163,6 +163,11 @@ def _named(name: str, config: ObjectiveConfig) -> tuple[str | Callable[..., Any]
     """The function's key in the registry, its `module:attribute` or itself, and its options: what can be said of them
     without an import is checked."""
     where, function, options = f"objective {name!r}", config.function, dict(config.options)
+    if function is None:
+        raise UserError(
+            f"{where} has pairs, and no function that scores answers; train one of the same pairs with `emorl train-reward`, "
+            "then give the objective {function: classifier, model: OUTPUT/model} beside its pairs"
+        )
     if isinstance(function, str) and ":" in function:
         if not _IMPORTABLE.fullmatch(function):
             lost = "; a lambda, closure, method or instance has to be given in Python again" if function[0] == "<" else ""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from emorl.config.experiment import TransformConfig
+from emorl.config.objective import TransformConfig
 
 UNIT = (0.0, 1.0)
 PAPER_CLIP = (1e-4, 0.9999)

@@ -49,8 +49,8 @@ METRICS = (
     "paper_perplexity",
 )
 """columns of the summary beside scores, distinct answers and words; perplexities only where they were measured"""
-_TRAINING = ("steps", "best_step", "stopped", "base_reward", "reward", "kl", "base_distinct_share", "distinct_share", "words",
-             "collapsed")  # fmt: skip
+_TRAINING = ("method", "steps", "best_step", "stopped", "base_reward", "reward", "kl", "base_distinct_share", "distinct_share",
+             "words", "collapsed", "pairs", "pair_accuracy")  # fmt: skip
 _RESULTS = {
     "search": ("search", SearchResult),
     "evaluate": ("evaluate", EvaluationResult),
@@ -240,6 +240,7 @@ def cost_table(output: Path) -> pd.DataFrame:
     experiment, layout = load_kept_experiment(output), Layout(output)
     stages = {
         "quickstart": [output / "quickstart" / COST],
+        "samples": [layout.samples / COST],
         **{f"train {name}": [folder / COST] for name, folder in _training_folders(experiment).items()},
         **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
         "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),

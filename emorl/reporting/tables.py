@@ -28,6 +28,9 @@ def print_training(results: Mapping[str, TrainingResult]) -> None:
     table.add_column("policy")
     for title in ("steps", "kept\nstep", "reward\nbase", "reward\nkept", "KL to\nbase", "distinct\nbase", "distinct\nkept"):
         table.add_column(title, justify="right", no_wrap=True)
+    has_pairs = any(result.pair_accuracy is not None for result in results.values())
+    if has_pairs:
+        table.add_column("held-out pairs\nin order", justify="right", no_wrap=True)
     table.add_column("why it stopped")
     for name, result in results.items():
         collapsed = " [bold red]collapsed[/]" if result.collapsed else ""
@@ -37,11 +40,16 @@ def print_training(results: Mapping[str, TrainingResult]) -> None:
             str(result.steps),
             str(result.best_step),
             *(f"{reward:.3f}" for reward in rewards),
-            "–" if result.kl is None else f"{result.kl:.3f}",
+            _or_none(result.kl),
             *(f"{share:.2f}" for share in shares),
+            *([_or_none(result.pair_accuracy)] if has_pairs else []),
             escape(result.stopped),
         )
     print_whole(wide_console(), "Training, on the validation prompts (reward: higher is better)", table)
+
+
+def _or_none(number: float | None) -> str:
+    return "–" if number is None else f"{number:.3f}"
 
 
 def print_front(result: SearchResult) -> None:

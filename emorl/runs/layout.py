@@ -20,6 +20,8 @@ POLICY = "policy"
 POLICY_CARD = "policy.json"
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKPOINTS = "checkpoints"
+SAMPLES, PARTS, PAIRS = "samples.parquet", "parts", "pairs.parquet"
+ROUNDS, KEPT = "rounds", "kept"
 MODEL = "model"
 ENSEMBLE, ENSEMBLE_CARD, FRONT = "ensemble", "ensemble.json", "front.json"
 DYNAMIC_CARD, ANSWERS = "dynamic.json", "answers.parquet"
@@ -93,6 +95,11 @@ class Layout:
                 "first, or give `policies`: the output of the experiment that trained them, or {name: folder of its adapter}"
             )
         return folders
+
+    @property
+    def samples(self) -> Path:
+        """The base's answers to the training prompts, of which pairs are made."""
+        return self.stage("samples")
 
     @property
     def search(self) -> Path:

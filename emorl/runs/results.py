@@ -46,7 +46,9 @@ class TrainingResult:
     """How the training of one policy ended: the checkpoint that was kept (`best_step`), beside the base.
 
     `kl` is its KL to the base in nats per token of its validation answers, None where nothing could be compared; `scale` and
-    `scores_outside_range` are its objectives'; in `log`, the trainer's own, `reward` is what training maximised.
+    `scores_outside_range` are its objectives'; in `log`, the trainer's own, `reward` is what training maximised. Of a
+    policy that learned from pairs: how many, and its accuracy on those held out (the base has 0.5), which is also its `reward`
+    where no objective scores; `prompts_per_step` then counts pairs.
     """
 
     objective: str
@@ -66,6 +68,9 @@ class TrainingResult:
     words: float
     collapsed: bool
     log: Sequence[Mapping[str, Any]]
+    method: str = ""
+    pairs: int | None = None
+    pair_accuracy: float | None = None
 
     @property
     def validations(self) -> list[Validation]:
@@ -74,6 +79,17 @@ class TrainingResult:
         logged = [entry for entry in self.log if "eval_reward" in entry]
         by_step = {entry["step"]: Validation(entry["step"], *(entry[f"eval_{key}"] for key in keys)) for entry in logged}
         return list(by_step.values())
+
+
+@dataclass(frozen=True)
+class SamplesResult:
+    """Answers of the base to the training prompts: how many prompts and answers to each, how long these are and which share of
+    them is distinct."""
+
+    prompts: int
+    per_prompt: int
+    words: float
+    distinct_share: float
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
         if is_main:
             path.mkdir(parents=True, exist_ok=True)
             _write_manifest(path, stage, config, finished=False)
-        return Run(path, stage, config, finished=False, cost=Cost(), is_main=is_main)
+        return Run(path, stage, config, finished=False, cost=read_cost(path), is_main=is_main)
     manifest = _read_manifest(path)
     changed = ", ".join(_differences(manifest.get("config", {}), config))
     if manifest.get("stage") != stage or changed:
@@ -122,15 +122,16 @@ def _holds_work(path: Path) -> bool:
     """Whether a run got further than its start; one that failed at once, on a wrong setting say, may be started anew."""
     if _read_manifest(path).get("finished"):
         return True
-    return any(file.is_file() and file.name not in (MANIFEST, TRACEBACK, ".lock") for file in path.rglob("*"))
+    return any(file.is_file() and file.name not in (MANIFEST, TRACEBACK, COST, ".lock") for file in path.rglob("*"))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs."""
+    """`key: old -> new` for every leaf that differs; nothing, an empty block and an empty list are the same."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r:.60} -> {new!r:.60}"]
+    empty = (None, {}, [])
+    return [] if old == new or (old in empty and new in empty) else [f"{prefix.rstrip('.')}: {old!r:.60} -> {new!r:.60}"]
 
 
 def _write_manifest(path: Path, stage: str, config: Mapping[str, Any], *, finished: bool) -> None:

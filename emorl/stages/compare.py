@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 def check(experiment: Experiment) -> None:
     """Refuses settings that contradict a comparison, or what training and search refuse, before the first method is trained."""
     check_places(experiment)
+    from emorl.objectives.loading import check_objectives
+
+    check_objectives(experiment.objectives)
     runs = method_runs(experiment)
     search.check(experiment)
     for run in runs:
@@ -151,7 +154,7 @@ def _consumed(runs: Sequence[MethodRun]) -> Any:
     rows = []
     for run in runs:
         for method in (run.method, *([ALONE] if run.method == FIRST else [])):
-            parts = pd.DataFrame([consumption(child, method) for child in run.experiments])
+            parts = pd.DataFrame([consumption(child, method, number == 0) for number, child in enumerate(run.experiments)])
             rows.append({"method": method, "seed": run.seed, **parts.sum(skipna=False).to_dict()})
     return pd.DataFrame(rows)
 

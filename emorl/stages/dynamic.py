@@ -23,8 +23,7 @@ from emorl.runs.results import AgentResult, DynamicResult, FixedResult, as_json,
 from emorl.runs.run import Run, open_run, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
-from emorl.stages.stage import Stage, identity, is_main_process, perform
-from emorl.stages.train import BASE_KEYS
+from emorl.stages.stage import BASE_KEYS, Stage, identity, is_main_process, perform
 
 if TYPE_CHECKING:
     from emorl.dynamic.setting import Setting

@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 
 
 def check(experiment: Experiment) -> None:
-    """Refuses settings of decoding and scoring that are none."""
+    """Refuses settings of decoding and scoring that are none, and objectives that cannot score."""
     check_mode(experiment)
+    from emorl.objectives.loading import check_objectives
+
+    check_objectives(experiment.objectives)
     from emorl.evaluation.perplexity import check_language_model
 
     check_language_model(experiment.evaluate.perplexity_model)

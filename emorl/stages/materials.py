@@ -50,10 +50,10 @@ class Materials:
         """Whether prompts of the base are conversations."""
         from emorl.policies.prompts import is_chat
 
-        return is_chat(self._tokenizer)
+        return is_chat(self.tokenizer)
 
     @property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         """The base's, which asks and reads as `data` says, without the base."""
         from emorl.policies.base import load_tokenizer
 
@@ -77,7 +77,7 @@ class Materials:
 
         new_tokens = self.experiment.generation.get("max_new_tokens")
         for part in (splits.train, splits.validation, splits.test):
-            check_prompts(self._tokenizer, config_of(self.experiment.base), part["prompt"], new_tokens)
+            check_prompts(self.tokenizer, config_of(self.experiment.base), part["prompt"], new_tokens)
         return splits
 
     @property
@@ -116,7 +116,7 @@ class Materials:
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of the base's, for reward functions that ask for them."""
-        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     @property
     def base(self) -> "Base":
@@ -176,7 +176,7 @@ class Materials:
         return [
             f"objective {name!r} is a function without a name of its own: these runs are not resumed by another process"
             for name, function in functions.items()
-            if not isinstance(function, str) and identity_of(function).startswith(_UNNAMED)
+            if function is not None and not isinstance(function, str) and identity_of(function).startswith(_UNNAMED)
         ]
 
     def _once(self, what: str, settings: Any, load: Callable[[], Loaded]) -> Loaded:

@@ -3,15 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emorl.config.experiment import ConvergenceConfig, Experiment
+from emorl.config.experiment import Experiment
+from emorl.config.train import ConvergenceConfig
 from emorl.runs.layout import TRIALS, Layout
 from emorl.runs.progress import Progress
 from emorl.runs.results import BASE, SearchResult, TrainingResult, read_result
 from emorl.runs.run import Cost, read_cost, written_whole
 from emorl.stages.materials import Materials
 from emorl.stages.methods import COMBINED
+from emorl.stages.samples import samples_folder
 
 if TYPE_CHECKING:
     from emorl.evaluation.methods import OfferedPoint
@@ -98,16 +101,22 @@ def timed_models(materials: Mapping[str, Materials]) -> dict[str, Any]:
     return models
 
 
-def consumption(experiment: Experiment, method: str) -> dict[str, float]:
+def consumption(experiment: Experiment, method: str, with_samples: bool = True) -> dict[str, float]:
     """What a method consumed: `prompts` as the paper counts them (training prompts drawn), then all of it with validation and
     search: completions, tokens, reward_calls, seconds. `converged_prompts` is where the paper's rule would have stopped, NaN
-    where one of the policies never got there."""
+    where one of the policies never got there, or read pairs.
+
+    Args:
+        with_samples: of policies trained offline, count the samples that they share.
+    """
     layout = Layout(experiment.output, experiment.policies)
     trained = [_training(experiment, layout, name) for name in experiment.policy_names]
     search = read_cost(layout.search) if method in COMBINED else Cost()
-    total = sum((cost for cost, *_ in trained), search)
+    shares = any(map(experiment.makes_pairs, experiment.policy_names)) and with_samples
+    samples = read_cost(_samples_of(experiment)) if shares else Cost()
+    total = sum((cost for cost, *_ in trained), search + samples)
     return {
-        "prompts": sum(prompts for _, prompts, _ in trained),
+        "prompts": sum(prompts for _, prompts, _ in trained) + samples.prompts,
         "converged_prompts": sum(converged for *_, converged in trained),
         "all_prompts": total.prompts,
         "completions": total.completions,
@@ -118,12 +127,21 @@ def consumption(experiment: Experiment, method: str) -> dict[str, float]:
     }
 
 
+def _samples_of(experiment: Experiment) -> Path:
+    """Where the samples lie of which an experiment's policies, or those that it uses, were made."""
+    if isinstance(experiment.policies, Path) and experiment.train.samples.reuse is None:
+        return Layout(experiment.policies).samples
+    return samples_folder(experiment)
+
+
 def _training(experiment: Experiment, layout: Layout, name: str) -> tuple[Cost, int, float]:
     """Cost of a policy's training, prompts drawn, and prompts until it converged."""
     from emorl.training.callbacks import has_converged
 
     folder, rule = layout.training(name), experiment.train.convergence
     result = read_result(TrainingResult, folder)
+    if result.pairs is not None:
+        return read_cost(folder), 0, math.nan
     threshold = rule.threshold or ConvergenceConfig().threshold
     rewards = [validation.reward for validation in result.validations]
     reached = (

@@ -25,6 +25,9 @@ from emorl.stages.materials import Materials, identity_of
 
 Result = TypeVar("Result")
 
+BASE_KEYS = ("base", "-base.device_map", "-base.offload_folder", "-base.trust_remote_code")
+"""keys of an experiment that say which base it has, not where it lies"""
+
 
 @dataclass(frozen=True)
 class Stage(Generic[Result]):
@@ -159,6 +162,8 @@ def keep_experiment(experiment: Experiment) -> None:
 def identity(experiment: Experiment, depends_on: Sequence[str]) -> dict[str, Any]:
     """The part of an experiment that makes a run this run and no other, by dotted keys as in `Stage.depends_on`."""
     whole = as_mapping(experiment, identity_of)
+    if "dpo" not in map(experiment.method_of, experiment.policy_names):  # nothing reads these blocks
+        whole["train"] = {key: value for key, value in whole["train"].items() if key not in ("dpo", "samples")}
     picked: dict[str, Any] = {}
     for key in depends_on:
         *blocks, last = key.removeprefix("-").split(".")

@@ -1,4 +1,4 @@
-"""A reward model from graded responses, calibrated, with a model card (`emorl train-reward reward.yaml`)."""
+"""A reward model from graded responses or pairs, calibrated, with a model card (`emorl train-reward reward.yaml`)."""
 
 import argparse
 import json
@@ -18,6 +18,8 @@ FILE is YAML, for example
   model: sentence-transformers/all-MiniLM-L6-v2
   data: {path: graded.jsonl, labels: [grade], label_range: [0, 2]}    # columns prompt, response, grade
   loss: ranking
+and for pairs
+  data: {path: pairs.jsonl, chosen_column: chosen, rejected_column: rejected}    # columns prompt, chosen, rejected
 The model is then an objective, {function: classifier, model: runs/politeness/model}.
 """
 

@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -87,6 +87,19 @@ class CollapseCallback(TrainerCallback):
             control.should_training_stop = True
 
 
+class KeepCallback(TrainerCallback):
+    """Calls what keeps the policy, after the steps asked for; in the main process."""
+
+    def __init__(self, keep: Mapping[int, Callable[[], None]]) -> None:
+        self._keep = keep
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:  # fmt: skip
+        if state.global_step in self._keep and state.is_world_process_zero:
+            self._keep[state.global_step]()
+
+
 class CostCallback(TrainerCallback):
     """Adds up what training consumed and writes it to the run at every validation, so that a kill loses little of it."""
 
@@ -114,10 +127,8 @@ class CostCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         assert metrics is not None
-        completions = int(metrics["eval_completions"])
-        self.add(
-            Cost(prompts=completions, completions=completions, tokens=int(metrics["eval_tokens"]), reward_calls=completions)
-        )
+        completions, calls = int(metrics["eval_completions"]), int(metrics["eval_reward_calls"])
+        self.add(Cost(prompts=completions, completions=completions, tokens=int(metrics["eval_tokens"]), reward_calls=calls))
         self.flush()
 
 
@@ -150,11 +161,13 @@ class RewardCounter:
 
 
 class ProgressCallback(TrainerCallback):
-    """Moves a progress bar with the newest training reward (of logs: their mean) and validation reward."""
+    """Moves a progress bar with the newest training reward (of logs: their mean; of pairs: the share in order) and validation
+    reward."""
 
-    def __init__(self, bar: Bar, log: bool = False) -> None:
+    def __init__(self, bar: Bar, log: bool = False, of_pairs: bool = False) -> None:
         self._bar = bar
-        self._name = "log reward" if log else "reward"
+        self._key = "rewards/accuracies" if of_pairs else "reward"
+        self._name = "pairs in order" if of_pairs else "log reward" if log else "reward"
         self._shown = 0
         self._validation = math.nan
 
@@ -172,7 +185,7 @@ class ProgressCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self._validation = (logs or {}).get("eval_reward", self._validation)
-        if logs and "reward" in logs:
-            note = f"{self._name} {logs['reward']:.3f}  validation {self._validation:.3f}"
+        if logs and self._key in logs:
+            note = f"{self._name} {logs[self._key]:.3f}  validation {self._validation:.3f}"
             self._bar.advance(state.global_step - self._shown, note)
             self._shown = state.global_step

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from emorl.config.experiment import TrainConfig
+from emorl.config.train import Method, TrainConfig
 from emorl.objectives.scalarize import importance_of
 
 
@@ -17,21 +17,23 @@ from emorl.objectives.scalarize import importance_of
 class PolicyPlan:
     """One policy: its objectives, the `reward_weights` (O,), which sum to 1, and what happens to them.
 
-    `aggregation` is TRL's `multi_objective_aggregation`; `adaptive` lets DynaOpt's bandit move the weights.
+    `method` is how it is trained; `aggregation` is TRL's `multi_objective_aggregation`; `adaptive` lets DynaOpt's bandit move
+    the weights.
     """
 
     name: str
     objectives: tuple[str, ...]
     reward_weights: tuple[float, ...]
+    method: Method
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     adaptive: bool = False
 
 
-def plan_of(train: TrainConfig, objectives: Sequence[str], name: str) -> PolicyPlan:
+def plan_of(train: TrainConfig, objectives: Sequence[str], name: str, method: Method) -> PolicyPlan:
     """How the policy `name` is trained: an objective's, or the one of the mode."""
     if train.mode == "ensemble":
-        return PolicyPlan(name, (name,), (1.0,))
+        return PolicyPlan(name, (name,), (1.0,), method)
     preferences = train.preferences if train.mode == "weighted" else {}
     weights = tuple(importance_of(objectives, preferences).tolist())
     aggregation = "normalize_then_sum" if train.mode == "gdpo" else "sum_then_normalize"
-    return PolicyPlan(name, tuple(objectives), weights, aggregation, adaptive=train.mode == "dynaopt")
+    return PolicyPlan(name, tuple(objectives), weights, method, aggregation, adaptive=train.mode == "dynaopt")

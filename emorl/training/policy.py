@@ -1,6 +1,8 @@
-"""Training of one policy by GRPO or SCST from where it was interrupted to its kept checkpoint; modes.py says for what."""
+"""Training of one policy by GRPO, SCST or DPO from where it was interrupted to its kept checkpoint; modes.py says for what."""
 
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from emorl.runs.layout import POLICY_CARD
 from emorl.runs.progress import Progress
 from emorl.runs.results import TrainingResult
 from emorl.runs.run import write_json
-from emorl.training.callbacks import CollapseCallback, CostCallback, ProgressCallback
+from emorl.training.callbacks import CollapseCallback, CostCallback, KeepCallback, ProgressCallback
 from emorl.training.checkpoints import last_complete_checkpoint
+from emorl.training.dpo import DPOPolicyTrainer
 from emorl.training.dynaopt import SCORE
 from emorl.training.modes import PolicyPlan
 from emorl.training.trainers import BETA, PolicyTrainer, TrainerConfig, prompts_per_step
+from emorl.training.validation import PAIR_ACCURACY
 
 
 def train_policy(
@@ -25,28 +29,33 @@ def train_policy(
     policy: Path,
     progress: Progress,
     turn: tuple[int, int] = (1, 1),
+    keep: Mapping[int, Path] | None = None,
 ) -> TrainingResult:
     """Trains, and writes what was kept to the folder `policy`; every process of a distributed run calls this.
 
     Args:
         checkpoints: folder from whose last complete one it goes on.
+        keep: steps after which the policy is kept as it then is, and the folder of each.
         turn: which policy this is of how many that the same command trains.
     """
     config: Any = trainer.args
-    algorithm = type(config).__name__.removesuffix("Config")
-    progress.say(f"policy {plan.name}: training with {algorithm}, at most {config.max_steps} steps")
+    algorithm, pairs = plan.method.upper(), _pairs(trainer)
+    of_pairs = "" if pairs is None else f" of {pairs} pairs"
+    progress.say(f"policy {plan.name}: training with {algorithm}{of_pairs}, at most {config.max_steps} steps")
     if config.beta == 0:
-        progress.warn(f"train.{algorithm.lower()}.beta is 0: nothing holds policy {plan.name} near the base (default {BETA})")
+        progress.warn(f"train.{plan.method}.beta is 0: nothing holds policy {plan.name} near the base (default {BETA})")
     checkpoint = last_complete_checkpoint(checkpoints)
     config.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     title = f"train {plan.name}" + (f" ({turn[0]} of {turn[1]})" if turn[1] > 1 else "")
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    trainer.add_callback(KeepCallback({step: partial(save_policy, trainer, to, plan) for step, to in (keep or {}).items()}))
     with progress.bar(title, config.max_steps, done=done, following=turn[1] - turn[0]) as bar:
-        trainer.add_callback(ProgressCallback(bar, log=trainer.validation.objectives[0].scale.log))
+        log = any(objective.scale.log for objective in trainer.validation.objectives)
+        trainer.add_callback(ProgressCallback(bar, log=log, of_pairs=pairs is not None))
         trainer.train(resume_from_checkpoint=checkpoint)
     result = _outcome(trainer, plan, config)
     if PartialState().is_main_process:
-        _save_policy(trainer, policy, plan)
+        save_policy(trainer, policy, plan)
         _callback(trainer, CostCallback).flush()
     if result.collapsed:
         progress.warn(
@@ -55,6 +64,11 @@ def train_policy(
         )
     PartialState().wait_for_everyone()
     return result
+
+
+def _pairs(trainer: PolicyTrainer) -> int | None:
+    """How many pairs it trains on; None where it samples."""
+    return len(trainer.pairs.train) if isinstance(trainer, DPOPolicyTrainer) else None
 
 
 def _callback(trainer: PolicyTrainer, kind: type) -> Any:
@@ -78,7 +92,7 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
         prompts_per_step=prompts_per_step(config),
         base_reward=first["eval_reward"],
         reward=best["eval_reward"],
-        scores={name: best[f"eval_{SCORE}{name}"] for name in plan.objectives},
+        scores={objective.name: best[f"eval_{SCORE}{objective.name}"] for objective in objectives},
         kl=best.get("eval_kl"),
         scale="; ".join(str(objective.scale) for objective in objectives),
         scores_outside_range=sum(objective.outside for objective in objectives),
@@ -87,10 +101,13 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
         words=best["eval_words"],
         collapsed=collapse.is_collapsed(best["eval_distinct_share"], first["eval_distinct_share"]),
         log=trainer.state.log_history,
+        method=plan.method,
+        pairs=_pairs(trainer),
+        pair_accuracy=best.get(f"eval_{PAIR_ACCURACY}"),
     )
 
 
-def _save_policy(trainer: PolicyTrainer, directory: Path, plan: PolicyPlan) -> None:
+def save_policy(trainer: PolicyTrainer, directory: Path, plan: PolicyPlan) -> None:
     """Adapter (or the whole model, where all of it was tuned), tokenizer and `policy.json`, whole or not at all."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer: Any = trainer.processing_class
@@ -100,6 +117,11 @@ def _save_policy(trainer: PolicyTrainer, directory: Path, plan: PolicyPlan) -> N
     model.save_pretrained(partial, safe_serialization=True)
     tokenizer.save_pretrained(partial)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    described = {"objective": plan.name, "base": base.name_or_path, "base_fingerprint": trainer.base_fingerprint}
+    described = {
+        "objective": plan.name,
+        "method": plan.method,
+        "base": base.name_or_path,
+        "base_fingerprint": trainer.base_fingerprint,
+    }
     write_json(partial / POLICY_CARD, described)
     partial.rename(directory)

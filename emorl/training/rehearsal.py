@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from emorl.config import UserError
 from emorl.config.library import REFUSALS, refused
@@ -37,7 +37,7 @@ _ALONE = {
 """a rehearsal writes, shows and sends nothing"""
 
 
-def rehearse(config: GRPOConfig | SCSTConfig, where: str) -> None:
+def rehearse(config: GRPOConfig | SCSTConfig | DPOConfig, where: str) -> None:
     """Takes one step with these settings; a distributed launch, vLLM and compiled models are not rehearsed.
 
     Args:
@@ -69,12 +69,13 @@ def check_reporters(config: TrainingArguments, where: str) -> None:
 class _Alone:
     """Settings that are compared by what they say, so that equal ones are rehearsed once."""
 
-    def __init__(self, config: GRPOConfig | SCSTConfig) -> None:
+    def __init__(self, config: GRPOConfig | SCSTConfig | DPOConfig) -> None:
         self.config = copy.copy(config)
         for name, value in _ALONE.items():
             if hasattr(config, name):
                 setattr(self.config, name, value)
-        self.config.max_completion_length = min(config.max_completion_length or 2, 2)
+        if not isinstance(self.config, DPOConfig):
+            self.config.max_completion_length = min(self.config.max_completion_length or 2, 2)
         self._said = {name: value for name, value in vars(self.config).items() if name != "output_dir"}
 
     def __eq__(self, other: object) -> bool:
@@ -90,24 +91,35 @@ def _is_cheap(config: Any) -> bool:
 
 
 @functools.cache
-def _steps(kind: type[GRPOConfig] | type[SCSTConfig], alone: _Alone) -> int:
+def _steps(kind: type[Any], alone: _Alone) -> int:
     """Steps that were taken: 1, if all is well."""
-    trainer_kind: Any = GRPOTrainer if kind is GRPOConfig else SCSTTrainer
+    trainer_kind, read = _trainer(kind, alone.config)
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         alone.config.output_dir = folder
         trainer = trainer_kind(
             model=tiny_model(encoder_decoder=kind is SCSTConfig),
-            reward_funcs=[_reward] * len(alone.config.reward_weights or [1.0]),
             args=alone.config,
-            train_dataset=Dataset.from_dict({"prompt": ["abc"] * 300}),
             processing_class=tiny_tokenizer(),
             peft_config=LoraConfig(
                 r=1, task_type="SEQ_2_SEQ_LM" if kind is SCSTConfig else "CAUSAL_LM", target_modules="all-linear"
             ),
+            **read,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return trainer.state.global_step
+
+
+def _trainer(kind: type[Any], config: Any) -> tuple[Any, dict[str, Any]]:
+    """The trainer of a kind of settings, and what it reads."""
+    prompts = ["abc"] * 300
+    if kind is DPOConfig:
+        prompts = prompts[:1] * config.per_device_train_batch_size * config.gradient_accumulation_steps
+        pairs = {"prompt": prompts, "chosen": ["de"] * len(prompts), "rejected": ["fg"] * len(prompts)}
+        return DPOTrainer, {"train_dataset": Dataset.from_dict(pairs)}
+    data = Dataset.from_dict({"prompt": prompts})
+    trainer = GRPOTrainer if kind is GRPOConfig else SCSTTrainer
+    return trainer, {"reward_funcs": [_reward] * len(config.reward_weights or [1.0]), "train_dataset": data}
 
 
 def _reward(completions: list[Any], **columns: Any) -> list[float]:

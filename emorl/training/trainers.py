@@ -1,29 +1,22 @@
-"""TRL's GRPOTrainer (decoders) and our SCSTTrainer (encoder-decoders) as the train stage uses them: one set of defaults, and
-emorl's own evaluation as their validation, so that curves, search and report measure the same.
-
-Every process of a distributed run validates all validation prompts: they are few, and so all processes take the same decision.
+"""TRL's GRPOTrainer and DPOTrainer (decoders) and our SCSTTrainer (encoder-decoders) as the train stage uses them: one set of
+defaults, one validation.
 """
 
-import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from transformers import PrinterCallback
+from trl import DPOConfig, GRPOConfig, GRPOTrainer
 
 from emorl.config import UserError
-from emorl.config.experiment import BaseConfig, TrainConfig
+from emorl.config.experiment import BaseConfig
 from emorl.config.library import library_settings
 from emorl.config.objects import shown_name
+from emorl.config.train import Method, TrainConfig
 from emorl.data import Splits
-from emorl.evaluation.scoring import evaluate, summarize
 from emorl.objectives.loading import Objective
 from emorl.policies.adapters import base_fingerprint
 from emorl.policies.base import Base, dtype_of, is_encoder_decoder
@@ -31,16 +24,17 @@ from emorl.policies.generation import check_generation
 from emorl.policies.placement import check_in_memory
 from emorl.policies.prompts import answers_begin_after
 from emorl.runs.run import Run
-from emorl.training.anchor import kl_to_base
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
-from emorl.training.dynaopt import SCORE, DynaOptCallback
+from emorl.training.dpo import DEFAULTS, STEPS, DPOPolicyTrainer, PairSplits
+from emorl.training.dynaopt import DynaOptCallback
 from emorl.training.modes import PolicyPlan
 from emorl.training.scst import SCSTConfig, SCSTTrainer
+from emorl.training.validation import ValidatedPolicy, Validation
 
 BETA = 0.05  # paper's coefficient; its own KL term is identically zero
-_VALIDATED = ("distinct_share", "distinct_2", "words", "repeated_trigrams")  # beside the rewards
 _SET_BY_EMORL = {
     "output_dir": "output",
+    "num_train_epochs": "{block}.max_steps",
     "seed": "seed",
     "load_best_model_at_end": "nothing: the best checkpoint is always kept",
     "metric_for_best_model": "nothing: validation reward of checkpoints that have not collapsed",
@@ -53,74 +47,26 @@ _SET_BY_EMORL = {
     "chat_template_kwargs": "data.chat_template_kwargs",
 }
 
-TrainerConfig = GRPOConfig | SCSTConfig
+TrainerConfig = GRPOConfig | SCSTConfig | DPOConfig
+_KINDS: dict[str, Any] = {"grpo": GRPOConfig, "scst": SCSTConfig, "dpo": DPOConfig}
 
 
-@dataclass(frozen=True)
-class Validation:
-    """What a policy is validated by: decoding as it will be used, scored by its objectives."""
-
-    objectives: Sequence[Objective]
-    reward_weights: Sequence[float]  # (O,), for the validation reward; an adaptive plan's do not move
-    generation: Mapping[str, Any]
-    data: Dataset
-
-
-class _ValidatedPolicy:
-    """Replaces a trainer's evaluation."""
-
-    def __init__(self, *, validation: Validation, fingerprint: str, **options: Any) -> None:
-        super().__init__(**options)
-        self.validation = validation
-        self.base_fingerprint = fingerprint
-
-    def evaluate(  # called by Trainer
-        self: Any, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Decodes the validation prompts; metrics `eval_reward` (weighted mean of the scores, also where training maximises
-        their logs), `eval_score_<objective>`, `eval_kl` and `eval_` before what `_VALIDATED` names."""
-        start, training = time.perf_counter(), self.model.training
-        self.model.eval()
-        what, tokenizer = self.validation, self.processing_class
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            table = evaluate(model, tokenizer, what.data, what.objectives, what.generation, seed=self.args.seed).table
-            prompts = [what.data["prompt"][index] for index in table["prompt_index"]]
-            kl = kl_to_base(model, tokenizer, prompts, table.get("generated", table["completion"]).tolist(), self.ref_model)
-        names = [objective.name for objective in what.objectives]
-        summary = summarize(table, names)
-        for name in names:
-            if math.isnan(summary[name]):
-                raise UserError(
-                    f"objective {name!r} returned None for every one of {len(table)} answers; training needs scores"
-                )
-        found = {key: summary[key] for key in _VALIDATED}
-        found |= {f"{SCORE}{name}": summary[name] for name in names}
-        found["reward"] = sum(weight * summary[name] for weight, name in zip(what.reward_weights, names, strict=True))
-        found |= {"completions": len(table), "tokens": int(table["tokens"].sum()), "runtime": time.perf_counter() - start}
-        if kl is not None:
-            found["kl"] = kl
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(training)
-        return metrics
-
-
-class GRPOPolicyTrainer(_ValidatedPolicy, GRPOTrainer):
+class GRPOPolicyTrainer(ValidatedPolicy, GRPOTrainer):
     """GRPO with emorl's validation."""
 
 
-class SCSTPolicyTrainer(_ValidatedPolicy, SCSTTrainer):
+class SCSTPolicyTrainer(ValidatedPolicy, SCSTTrainer):
     """SCST with emorl's validation."""
 
 
-PolicyTrainer = GRPOPolicyTrainer | SCSTPolicyTrainer
+PolicyTrainer = GRPOPolicyTrainer | SCSTPolicyTrainer | DPOPolicyTrainer
+_TRAINERS: dict[Any, Any] = {GRPOConfig: GRPOPolicyTrainer, SCSTConfig: SCSTPolicyTrainer, DPOConfig: DPOPolicyTrainer}
 
 
 def trainer_config(
     plan: PolicyPlan, train: TrainConfig, base: BaseConfig, generation: Mapping[str, Any], seed: int, output: Path
 ) -> TrainerConfig:
-    """The `grpo:` or `scst:` block, whichever suits the base, with our defaults for what it leaves out.
+    """The block of the plan's method, with our defaults for what it leaves out.
 
     Args:
         generation: how the policy will be used; its length is the training's.
@@ -129,15 +75,13 @@ def trainer_config(
     Raises:
         UserError: an unknown or impossible setting, or one that emorl sets itself.
     """
-    name, block = training_block(train, base)
-    kind = SCSTConfig if name == "train.scst" else GRPOConfig
+    name, block = training_block(train, plan.method)
+    kind = _KINDS[plan.method]
     for key in block:
         if key in _SET_BY_EMORL:
             raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
     steps, eval_steps = training_steps(name, block)
-    length = generation.get("max_new_tokens", 64)
-    of_kind = {"num_generations_eval": 1} if kind is GRPOConfig else {}
-    defaults = {**_defaults(dtype_of(base), length, steps, eval_steps), **of_kind}
+    defaults = _defaults(dtype_of(base), steps, eval_steps)
     fixed = {
         "output_dir": str(output),
         "seed": seed,
@@ -147,9 +91,13 @@ def trainer_config(
         "greater_is_better": True,
         "eval_strategy": "steps",
         "save_strategy": "steps",
-        "reward_weights": list(plan.reward_weights),
-        "multi_objective_aggregation": plan.aggregation,
     }
+    if kind is DPOConfig:
+        defaults |= DEFAULTS
+    else:
+        defaults |= {"beta": BETA, "max_completion_length": generation.get("max_new_tokens", 64)}
+        defaults |= {"num_generations_eval": 1} if kind is GRPOConfig else {}
+        fixed |= {"reward_weights": list(plan.reward_weights), "multi_objective_aggregation": plan.aggregation}
     config = library_settings(kind, block, name, kind.__name__, defaults, fixed)
     if config.beta < 0:
         raise UserError(f"{name}.beta: expected a number of at least 0, got {config.beta!r:.60}")
@@ -158,19 +106,25 @@ def trainer_config(
     return config
 
 
-def training_block(train: TrainConfig, base: BaseConfig) -> tuple[str, Mapping[str, Any]]:
-    """Name and content of the block that suits the base: `train.scst` for an encoder-decoder, else `train.grpo`.
+def training_method(asked: Method | None, train: TrainConfig, base: BaseConfig) -> Method:
+    """How a policy of this base is trained: as it is `asked`, by default by scst where the base has an encoder, else by grpo.
 
     Raises:
-        UserError: the other block has settings.
+        UserError: a method, or settings of one, that are not for such a base.
     """
-    blocks = {"train.grpo": train.grpo, "train.scst": train.scst}
-    encoder_decoder = is_encoder_decoder(base)
-    name, other = ("train.scst", "train.grpo") if encoder_decoder else ("train.grpo", "train.scst")
-    if blocks[other]:
-        what = "an encoder-decoder" if encoder_decoder else "a decoder"
-        raise UserError(f"{other} has settings, but base.model {shown_name(base.model)!r} is {what}; use {name}")
-    return name, blocks[name]
+    fitting: tuple[Method, ...] = ("scst",) if is_encoder_decoder(base) else ("grpo", "dpo")
+    what = f"base.model {shown_name(base.model)!r} is {'an encoder-decoder' if len(fitting) == 1 else 'a decoder'}"
+    for name in ("grpo", "scst", "dpo"):
+        if getattr(train, name) and name not in fitting:
+            raise UserError(f"train.{name} has settings, but {what}; use train.{fitting[0]}")
+    if asked is not None and asked not in fitting:
+        raise UserError(f"method {asked} cannot train it: {what}; use {' or '.join(fitting)}")
+    return asked or fitting[0]
+
+
+def training_block(train: TrainConfig, method: Method) -> tuple[str, Mapping[str, Any]]:
+    """Name and content of a method's block."""
+    return f"train.{method}", getattr(train, method)
 
 
 def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
@@ -179,21 +133,20 @@ def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
     Raises:
         UserError: no whole numbers.
     """
-    steps, eval_steps = block.get("max_steps", 400), block.get("eval_steps", 8)  # paper: validation every 8 steps
+    most = STEPS if name == "train.dpo" else 400
+    steps, eval_steps = block.get("max_steps", most), block.get("eval_steps", 8)  # paper: validation every 8 steps
     for key, value in (("max_steps", steps), ("eval_steps", eval_steps)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}.{key}: expected a whole number of at least 1, got {value!r:.60}")
     return steps, min(eval_steps, steps)
 
 
-def _defaults(dtype: torch.dtype, length: int, steps: int, eval_steps: int) -> dict[str, Any]:
+def _defaults(dtype: torch.dtype, steps: int, eval_steps: int) -> dict[str, Any]:
     return {
         "learning_rate": 1e-4,  # paper
         "lr_scheduler_type": "constant",  # paper
         "max_grad_norm": 2.0,  # paper
         "max_steps": steps,
-        "beta": BETA,
-        "max_completion_length": length,
         "save_steps": eval_steps,
         "save_total_limit": 2,
         "logging_steps": 1,
@@ -211,7 +164,7 @@ def _defaults(dtype: torch.dtype, length: int, steps: int, eval_steps: int) -> d
 
 
 def prompts_per_step(config: TrainerConfig) -> int:
-    """Training prompts drawn per optimiser step, over all processes."""
+    """Training prompts drawn per optimiser step, over all processes; of pairs, how many are read."""
     rows: int = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return rows // (config.num_generations or 1) if isinstance(config, GRPOConfig) else rows
 
@@ -227,8 +180,15 @@ def build_trainer(
     objectives: Sequence[Objective],
     generation: Mapping[str, Any],
     run: Run,
+    pairs: PairSplits | None = None,
+    start: Path | None = None,
 ) -> PolicyTrainer:
-    """The trainer that suits the base, which it changes; `objectives` are the plan's.
+    """The trainer of the plan's method; it changes the base.
+
+    Args:
+        objectives: the plan's; none where its pairs alone say what is better.
+        pairs: what DPO reads in place of `splits.train`.
+        start: a policy's folder, whose adapter the training begins with; a new one by default.
 
     Raises:
         UserError: settings that TRL refuses, or a base that is offloaded in parts: PEFT gives adapters there no values.
@@ -236,39 +196,45 @@ def build_trainer(
     check_in_memory(base.model, "training")
     if lora is None:
         base.model.requires_grad_(True)
-    cost = CostCallback(run)
-    callbacks: list[TrainerCallback] = [
-        ConvergenceCallback(train.convergence.window, train.convergence.threshold),
-        CollapseCallback(train.collapse.share, train.collapse.patience),
-        cost,
-    ]
-    kind: Any = GRPOPolicyTrainer if isinstance(config, GRPOConfig) else SCSTPolicyTrainer
-    after = answers_begin_after(base.tokenizer)
-    counters = [RewardCounter(objective, cost, index == 0, after) for index, objective in enumerate(objectives)]
-    try:
-        trainer = kind(
-            validation=Validation(objectives, plan.reward_weights, generation, splits.validation),
-            fingerprint=base_fingerprint(base.model),
-            model=base.model,
-            processing_class=base.tokenizer,
-            reward_funcs=counters,
-            args=config,
-            train_dataset=splits.train,
-            eval_dataset=splits.validation,
-            peft_config=lora,
-            callbacks=callbacks,
-        )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"train: {' '.join(str(error).split())}") from None
+    cost, rule = CostCallback(run), train.collapse
+    converges = ConvergenceCallback(train.convergence.window, train.convergence.threshold)
+    read = _sampled(base, splits, objectives, cost) if pairs is None else {"pairs": pairs}
+    trainer = _made(
+        _TRAINERS[type(config)],
+        validation=Validation(objectives, plan.reward_weights, generation, splits.validation),
+        fingerprint=base_fingerprint(base.model),
+        model=base.model,
+        processing_class=base.tokenizer,
+        args=config,
+        peft_config=lora,
+        callbacks=[converges, CollapseCallback(rule.share, rule.patience), cost],
+        **read,
+    )
+    if start is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(start)))
     if plan.adaptive:
         _let_weights_move(trainer, plan, train.dynaopt.gamma)
     trainer.remove_callback(PrinterCallback)  # our progress bar shows the rewards; `result.json` and `report_to` keep the rest
     return trainer
 
 
-def _let_weights_move(trainer: PolicyTrainer, plan: PolicyPlan, gamma: float) -> None:
+def _made(kind: Any, **options: Any) -> PolicyTrainer:
+    try:
+        return kind(**options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from None
+
+
+def _sampled(base: Base, splits: Splits, objectives: Sequence[Objective], cost: CostCallback) -> dict[str, Any]:
+    """What a trainer that samples reads: prompts, and what rewards its samples."""
+    after = answers_begin_after(base.tokenizer)
+    counters = [RewardCounter(objective, cost, index == 0, after) for index, objective in enumerate(objectives)]
+    return {"reward_funcs": counters, "train_dataset": splits.train, "eval_dataset": splits.validation}
+
+
+def _let_weights_move(trainer: Any, plan: PolicyPlan, gamma: float) -> None:
     """Adds DynaOpt's bandit to a trainer."""
 
     def set_weights(weights: list[float]) -> None:

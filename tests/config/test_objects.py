@@ -67,7 +67,7 @@ def test_options_stand_beside_a_callable():
     ("given", "message"),
     [
         ({"function": 3}, r"^here: objectives\.x\.function: expected a text, got 3$"),
-        ({"minimum": 3}, r"^here: objectives\.x\.function: expected a text, got nothing; give it a value$"),
+        ({"minimum": 3}, r"^here: objectives\.x: name a function that scores answers, or a file of pairs"),
     ],
 )
 def test_what_is_neither_text_nor_callable_is_a_mistake_in_a_text(given, message):

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from emorl.config import UserError
-from emorl.config.experiment import Experiment, TransformConfig, load_experiment, load_kept_experiment
+from emorl.config.experiment import Experiment, load_experiment, load_kept_experiment
+from emorl.config.objective import TransformConfig
 from emorl.config.yaml import apply_overrides, as_mapping, describe, parse, read_yaml, to_yaml
 
 CONTENT = {

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-KILLS = {"train": 10, "search": 8, "fuse": 7, "dynamic": 7, "train-reward": 7, "refresh-reward": 6, "compare": 5}
+KILLS = {"train": 10, "offline": 7, "search": 8, "fuse": 7, "dynamic": 7, "train-reward": 7, "refresh-reward": 6, "compare": 5}
 SPENT = ("prompts", "completions", "tokens", "reward_calls")
 REWARDS = """\
 def vowels(completions, **columns):
@@ -33,13 +33,16 @@ def place(tmp_path_factory, tiny_base_dir, save_word_encoder, command):
     ]
     (folder / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in grades))
     save_word_encoder(folder / "encoder", ["good", "bad", "word", "thing", "say", "p"])
+    dpo = {"max_steps": 6, "eval_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    samples = {"per_prompt": 24, "batch": 48, "choose": "all"}
     grpo = {"max_steps": 6, "eval_steps": 1, "per_device_train_batch_size": 8, "num_generations": 4, "learning_rate": 1e-2}
     experiment = {
         "base": {"model": str(tiny_base_dir)},
         "data": {"path": "prompts.jsonl", "validation": 4, "test": 4},
         "objectives": {"vowels": "kill_rewards:vowels", "digits": "kill_rewards:digits"},
         "generation": {"max_new_tokens": 4, "do_sample": False},
-        "train": {"lora": {"r": 2, "target_modules": "all-linear"}, "grpo": grpo, "collapse": {"share": 0.0}},
+        "train": {"lora": {"r": 2, "target_modules": "all-linear"}, "grpo": grpo, "dpo": dpo, "samples": samples,
+                  "collapse": {"share": 0.0}},
         "search": {"levels": 4, "batch": 1},
         "evaluate": {"attacks": False},
         "fuse": {"proposer": "settings_descent", "trials": 12, "methods": ["slerp"], "scales": [1.0]},
@@ -69,6 +72,7 @@ def arguments_of(name, output):
     experiment = ["experiment.yaml", f"output={output}"]
     return {
         "train": ["train", *experiment],
+        "offline": ["train", *experiment, "train.method=dpo", "train.samples.rounds=2"],
         "train-reward": ["train-reward", "reward.yaml", f"output={output}"],
         "refresh-reward": ["refresh-reward", "refresh.yaml", f"policy.output={output}", f"reward.output={output}-reward"],
         "compare": ["compare", *experiment],

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from emorl.config.experiment import TransformConfig
+from emorl.config.objective import TransformConfig
 from emorl.objectives import registered
 from emorl.objectives.catalogue import catalogue
 from emorl.objectives.check import TOGETHER, check_edge_cases

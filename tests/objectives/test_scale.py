@@ -5,7 +5,7 @@ import math
 import pytest
 
 from emorl.config import UserError
-from emorl.config.experiment import ObjectiveConfig, TransformConfig
+from emorl.config.objective import ObjectiveConfig, TransformConfig
 from emorl.objectives import REGISTRY, registered
 from emorl.objectives.loading import Objective, check_objectives, load_objective, outside_range
 from emorl.objectives.scale import PAPER_CLIP, Scale, declared_range, resolve

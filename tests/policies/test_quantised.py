@@ -11,14 +11,8 @@ from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
 from emorl.aggregation.trie import TrieDecoder
 from emorl.config import UserError
 from emorl.config.base import QuantizationConfig
-from emorl.config.experiment import (
-    BaseConfig,
-    CollapseConfig,
-    DataConfig,
-    Experiment,
-    ObjectiveConfig,
-    TrainConfig,
-)
+from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.config.train import CollapseConfig
 from emorl.fusion.loaded import loaded_adapters
 from emorl.policies.adapters import base_fingerprint, read_adapter
 from emorl.policies.base import load_base, quantization_of, read_policies

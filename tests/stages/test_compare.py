@@ -227,3 +227,53 @@ def test_mistakes_are_one_line(experiment, tmp_path, capsys, overrides, message)
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())  # nothing was trained before it was noticed
+
+
+OFFLINE = ["ensemble", "ensemble_dpo", "soups_dpo", "uniform_dpo", "weighted_dpo"]
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory, tiny_base_dir):
+    """Policies trained online and offline, side by side, on a decoder."""
+    directory = tmp_path_factory.mktemp("offline")
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(24)))
+    content = {
+        "output": str(directory / "run"),
+        "base": {"model": str(tiny_base_dir)},
+        "data": {"path": str(directory / "prompts.jsonl"), "validation": 4, "test": 6},
+        "objectives": {"vowels": f"{__name__}:said_vowels", "digits": f"{__name__}:said_digits"},
+        "generation": {"max_new_tokens": 6, "do_sample": False},
+        "train": {
+            "lora": {"r": 4, "target_modules": "all-linear"},
+            "grpo": {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4},
+            "dpo": {"max_steps": 2, "eval_steps": 2},
+            "samples": {"per_prompt": 8, "choose": "all"},
+            "collapse": {"share": 0.0},
+        },
+        "search": {"levels": 1},
+        "compare": {"methods": OFFLINE, "seeds": [3], "preferences": [{"vowels": 1, "digits": 2}, {"digits": 1}],
+                    "bootstrap": 100},
+    }  # fmt: skip
+    (directory / "experiment.yaml").write_text(yaml.safe_dump(content))
+    assert main(["compare", str(directory / "experiment.yaml")]) == 0
+    return directory / "run"
+
+
+def said_vowels(prompts, completions, **columns):
+    return vowels(prompts, [completion[0]["content"] for completion in completions])
+
+
+def said_digits(prompts, completions, **columns):
+    return digits(prompts, [completion[0]["content"] for completion in completions])
+
+
+def test_methods_trained_offline_share_one_set_of_samples_and_each_is_told_all_of_it_once(offline):
+    [samples] = offline.glob("**/samples.parquet")
+    assert samples.parents[1].name == "ensemble_dpo"
+    methods = json.loads((offline / "compare" / "result.json").read_text())["methods"]
+    told = {name: row["prompts"]["mean"] for name, row in methods.items()}
+    assert told == {"base": None, "policies alone": 8, "ensemble": 8, **dict.fromkeys(OFFLINE[1:], 14)}
+    validated = {"uniform_dpo": 3 * 4, "weighted_dpo": 2 * 2 * 4}  # twice the steps; two policies
+    for method, answers in validated.items():
+        assert methods[method]["completions"]["mean"] == 14 * 8 + answers
+        assert methods[method]["converged_prompts"]["mean"] is None

@@ -7,15 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from emorl.config import UserError
-from emorl.config.experiment import (
-    BaseConfig,
-    CollapseConfig,
-    ConvergenceConfig,
-    DataConfig,
-    Experiment,
-    ObjectiveConfig,
-    TrainConfig,
-)
+from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.config.train import CollapseConfig, ConvergenceConfig
 from emorl.runs.progress import Silent
 from emorl.training.anchor import kl_to_base
 from tests.training.trained import train

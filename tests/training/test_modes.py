@@ -12,7 +12,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.config import UserError
-from emorl.config.experiment import BaseConfig, CollapseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.config.train import CollapseConfig
 from emorl.evaluation.scoring import generate
 from emorl.policies.adapters import read_adapter
 from emorl.policies.base import load_base
@@ -105,7 +106,7 @@ def test_one_policy_learns_both_objectives_and_leaves_an_ordinary_adapter(make, 
     cost = json.loads((path / "cost.json").read_text())
     assert cost["completions"] == 24 * 16 + 4 * 4
     assert cost["prompts"] == 24 * 2 + 4 * 4
-    assert cost["reward_calls"] == 2 * 24 * 16 + 4 * 4
+    assert cost["reward_calls"] == 2 * (24 * 16 + 4 * 4)
     assert list(policy_folders(experiment)) == ["uniform"]
     assert read_adapter(path / "policy").base_fingerprint
     assert train(experiment, "uniform") == path

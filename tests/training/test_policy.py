@@ -16,16 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 from emorl.config import UserError
-from emorl.config.experiment import (
-    BaseConfig,
-    CollapseConfig,
-    ConvergenceConfig,
-    DataConfig,
-    Experiment,
-    ObjectiveConfig,
-    TrainConfig,
-    TransformConfig,
-)
+from emorl.config.experiment import BaseConfig, DataConfig, Experiment, ObjectiveConfig, TrainConfig
+from emorl.config.objective import TransformConfig
+from emorl.config.train import CollapseConfig, ConvergenceConfig
 from emorl.config.yaml import to_yaml
 from emorl.policies.adapters import read_adapter
 from emorl.runs.progress import Silent

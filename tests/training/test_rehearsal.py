@@ -18,17 +18,17 @@ pytestmark = [
 @pytest.fixture
 def folders(tiny_base_dir, tiny_seq2seq_dir):
     """The base that a block suits."""
-    return {"grpo": str(tiny_base_dir), "scst": str(tiny_seq2seq_dir)}
+    return {"grpo": str(tiny_base_dir), "dpo": str(tiny_base_dir), "scst": str(tiny_seq2seq_dir)}
 
 
 def rehearsed(model, block, settings, output="nowhere"):
     train = TrainConfig(**{block: settings})
-    config = trainer_config(plan_of(train, ["a"], "a"), train, BaseConfig(model=model), {}, 0, Path(output))
+    config = trainer_config(plan_of(train, ["a"], "a", block), train, BaseConfig(model=model), {}, 0, Path(output))
     rehearse(config, f"train.{block}")
     return config
 
 
-@pytest.mark.parametrize("block", ["grpo", "scst"])
+@pytest.mark.parametrize("block", ["grpo", "scst", "dpo"])
 def test_a_rehearsal_leaves_nothing_behind(folders, block, tmp_path):
     before = torch.random.get_rng_state()
     config = rehearsed(folders[block], block, {"max_steps": 7, "logging_steps": 3}, output=tmp_path / "out")
@@ -53,6 +53,12 @@ def test_a_rehearsal_leaves_nothing_behind(folders, block, tmp_path):
         ("grpo", {"adam_beta1": 2.0}, "train.grpo: Invalid beta parameter"),
         ("grpo", {"generation_kwargs": {"foo": 1}}, "train.grpo.generation_kwargs: unknown setting 'foo'"),
         ("grpo", {"model_init_kwargs": {"dtype": "x"}}, "train.grpo.model_init_kwargs is set by emorl; use base"),
+        ("dpo", {"loss_type": "foo"}, "train.dpo: Unknown loss type: foo"),
+        ("dpo", {"loss_type": "exo_pair"}, "train.dpo: Label smoothing must be greater than 0.0"),
+        ("dpo", {"loss_weights": [1, 2]}, "train.dpo: `loss_weights` must have the same length"),
+        ("dpo", {"sync_ref_model": True}, "train.dpo: .*sync_ref_model"),
+        ("dpo", {"max_completion_length": 3}, "unknown key 'train.dpo.max_completion_length'"),
+        ("dpo", {"beta": -1}, "train.dpo.beta: expected a number of at least 0"),
         ("scst", {"adam_epsilon": -1.0}, "train.scst: Invalid epsilon value"),
         ("scst", {"per_device_train_batch_size": 0}, "train.scst: batch_size should be a positive integer"),
     ],

@@ -5,6 +5,7 @@ from emorl.runs.progress import Silent
 from emorl.stages.materials import Materials
 from emorl.stages.train import performed
 from emorl.training.modes import plan_of
+from emorl.training.trainers import training_method
 
 
 def train(experiment, name, progress=None):
@@ -18,4 +19,5 @@ def policy_folders(experiment):
 
 
 def plan(experiment, name):
-    return plan_of(experiment.train, list(experiment.objectives), name)
+    method = training_method(experiment.method_of(name), experiment.train, experiment.base)
+    return plan_of(experiment.train, list(experiment.objectives), name, method)

@@ -89,12 +89,12 @@ def save_model(
     model.save_pretrained(partial, safe_serialization=True)
     tokenizer.save_pretrained(partial)
     write_json(partial / "metrics.json", dict(figures))
+    taught = "pairs" if experiment.data.chosen_column is not None else ", ".join(experiment.data.labels)
     card = _CARD.format(
         model=experiment.model,
         title=f"Reward model {experiment.output.name}",
         name=experiment.output.name,
-        description=experiment.description
-        or f"Trained with the {experiment.loss} loss on {', '.join(experiment.data.labels)}.",
+        description=experiment.description or f"Trained with the {experiment.loss} loss on {taught}.",
         folder=folder,
         label=f", label: {data.names[-1]}" if len(data.names) > 1 else "",
         figures=figures_table(figures),

@@ -1,9 +1,12 @@
-"""Graded responses as a reward model learns from them: targets in [0, 1], groups that are never split, lists to compare."""
+"""Responses as a reward model learns from them: targets in [0, 1], parts that are never split, lists to compare.
+
+They come graded, or as pairs: the chosen answer has the target 1, the rejected one 0.
+"""
 
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -13,16 +16,22 @@ from emorl.config import UserError, nearest
 from emorl.config.reward import RewardExperiment
 from emorl.data import read_table
 from emorl.policies.conversation import completion_text, prompt_text
+from emorl.training.reward.pairs import read_pairs
 
 
 @dataclass(frozen=True)
 class Graded:
-    """One response with its targets, in [0, 1] or (classification) one-hot."""
+    """One response with its targets, in [0, 1] or (classification) one-hot.
+
+    Rows of one `group` are compared with each other, rows of one `part` are all of training or all of validation: a pair is
+    a group, and all pairs of a prompt are a part. Graded responses have their group as part.
+    """
 
     prompt: str | None
     response: str
     targets: tuple[float, ...]
     group: str
+    part: str = field(repr=False)  # the fingerprint of finished runs is without it
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,10 @@ class GradedData:
 
 
 def load_graded(experiment: RewardExperiment) -> GradedData:
-    """Reads the tables, checks every row and keeps whole groups for validation.
+    """Reads the tables, checks every row and keeps whole parts for validation.
 
     Raises:
-        UserError: missing files or columns, empty responses, labels out of range, too few groups; nothing to rank.
+        UserError: missing files or columns, no responses, labels out of range, too few groups; nothing to rank.
     """
     data = _split(experiment)
     for which, rows in (("training", data.training), ("validation", data.validation)):
@@ -61,19 +70,20 @@ def _split(experiment: RewardExperiment) -> GradedData:
     data = experiment.data
     tables = [read_table(path) for path in (data.path, data.validation_path) if path]
     names = _names(experiment, tables)
+    read = _paired if data.chosen_column is not None else _graded
     rows = [
-        _graded(experiment, table, path, names) for table, path in zip(tables, (data.path, data.validation_path), strict=False)
+        read(experiment, table, path, names) for table, path in zip(tables, (data.path, data.validation_path), strict=False)
     ]
     if len(rows) == 2:
-        seen = {row.group for row in rows[1]}
-        return GradedData(names, _filled([row for row in rows[0] if row.group not in seen], data.path), rows[1])
-    groups = sorted({row.group for row in rows[0]})
-    if len(groups) < 2:
-        raise UserError(f"{data.path}: all rows are of one group; validation needs others (data.group_column)")
-    random.Random(experiment.seed).shuffle(groups)
-    kept = set(groups[: min(len(groups) - 1, max(1, round(data.validation * len(groups))))])
-    parts = [[row for row in rows[0] if (row.group in kept) == held_out] for held_out in (False, True)]
-    return GradedData(names, *parts)
+        seen = {row.part for row in rows[1]}
+        return GradedData(names, _filled([row for row in rows[0] if row.part not in seen], data.path), rows[1])
+    parts = sorted({row.part for row in rows[0]})
+    if len(parts) < 2:
+        raise UserError(f"{data.path}: all rows are of one prompt or data.group_column; validation needs others")
+    random.Random(experiment.seed).shuffle(parts)
+    kept = set(parts[: min(len(parts) - 1, max(1, round(data.validation * len(parts))))])
+    sides = [[row for row in rows[0] if (row.part in kept) == held_out] for held_out in (False, True)]
+    return GradedData(names, *sides)
 
 
 def compared(rows: Sequence[Graded], size: int, seed: int) -> list[list[Graded]]:
@@ -98,10 +108,11 @@ def _filled(rows: list[Graded], path: str) -> list[Graded]:
 def _names(experiment: RewardExperiment, tables: Sequence[Dataset]) -> list[str]:
     """Names of the outputs: the label columns, or the classes."""
     data = experiment.data
-    wanted = [*([data.prompt_column] if data.prompt_column else []), data.response_column, *data.labels]
-    wanted += [data.group_column] if data.group_column else []
+    wanted = [data.prompt_column, data.response_column, *data.labels, data.group_column]
+    if data.chosen_column is not None:  # without a column of the usual name, the prompt is in the answers
+        wanted = [data.prompt_column if data.prompt_column != "prompt" else None, data.chosen_column, data.rejected_column]
     for table, path in zip(tables, (data.path, data.validation_path), strict=False):
-        for column in wanted:
+        for column in filter(None, wanted):
             if column not in table.column_names:
                 raise UserError(f"{path} has no column {column!r}; {nearest(column, table.column_names)}")
     if experiment.loss != "classification":
@@ -125,9 +136,18 @@ def _graded(experiment: RewardExperiment, table: Dataset, path: str | None, name
             raise UserError(f"{where}: {data.prompt_column!r} is missing; data.prompt_column=null reads responses alone")
         asked = None if prompt is None else prompt_text(prompt)
         group = row[data.group_column] if data.group_column else asked
+        group = str(number if group is None else group)
         targets = _targets(experiment, row, where, names)
-        result.append(Graded(asked, completion_text(response), targets, str(number if group is None else group)))
+        result.append(Graded(asked, completion_text(response), targets, group, group))
     return result
+
+
+def _paired(experiment: RewardExperiment, table: Dataset, path: str | None, names: Sequence[str]) -> list[Graded]:
+    return [
+        Graded(pair.prompt, answer, (target,), pair.where, pair.asked)
+        for pair in read_pairs(experiment.data, table, str(path))
+        for answer, target in ((pair.chosen, 1.0), (pair.rejected, 0.0))
+    ]
 
 
 def _targets(experiment: RewardExperiment, row: dict[str, Any], where: str, names: Sequence[str]) -> tuple[float, ...]:
