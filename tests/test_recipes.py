@@ -11,7 +11,7 @@ import yaml
 
 from emorl.cli import main
 from emorl.config.experiment import load_experiment
-from emorl.config.reward import load_refresh_experiment
+from emorl.config.reward import load_refresh_experiment, load_reward_experiment
 from recipes.rl_fusion.compare import main as compare_fusions
 from recipes.rmm.search import main as search_plans
 
@@ -27,7 +27,8 @@ def test_recipes_are_found():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_an_experiment_file_parses_and_has_a_readme(path):
-    load = load_refresh_experiment if "reward" in yaml.safe_load(path.read_text()) else load_experiment
+    content = yaml.safe_load(path.read_text())
+    load = load_refresh_experiment if "reward" in content else load_reward_experiment if "loss" in content else load_experiment
     load(path)
     assert (path.parent / "README.md").is_file()
 
@@ -118,3 +119,34 @@ def test_two_processes_train_one_policy(tmp_path, tiny_base_dir, tiny_seq2seq_di
     validations = 2 * 2
     assert cost["completions"] == 2 * (2 * 4) + validations
     assert cost["prompts"] == 2 * 2 + validations
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_two_processes_share_the_sampling_and_train_offline(tmp_path, tiny_base_dir):
+    """Who draws an answer changes nothing: the samples are those of one process."""
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "\n".join(f"say {i}" for i in range(12)))
+    content = {
+        "output": str(tmp_path / "run"), "base": {"model": str(tiny_base_dir)},
+        "objectives": {"letters": "tests.training.test_dpo:letters"},
+        "data": {"path": str(tmp_path / "prompts.csv"), "validation": 2, "test": 2},
+        "generation": {"max_new_tokens": 6, "do_sample": False},
+        "train": {
+            "method": "dpo",
+            "lora": {"r": 4, "target_modules": "all-linear"},
+            "dpo": {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 2},
+            "samples": {"per_prompt": 6, "batch": 12, "choose": "all"},
+        },
+    }  # fmt: skip
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29741"]
+    arguments = ["recipes/train_policy.py", str(tmp_path / "experiment.yaml")]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "run" / "train" / "letters" / "result.json").read_text())
+    assert result["steps"] == 2
+    assert result["prompts_per_step"] == 4  # pairs, of both processes
+    assert main(["samples", str(tmp_path / "experiment.yaml"), f"output={tmp_path / 'alone'}"]) == 0
+    shared, alone = (pd.read_parquet(tmp_path / run / "samples" / "samples.parquet") for run in ("run", "alone"))
+    pd.testing.assert_frame_equal(shared, alone)
+    costs = [json.loads((tmp_path / run / "samples" / "cost.json").read_text()) for run in ("run", "alone")]
+    assert costs[0]["completions"] == costs[1]["completions"] == 8 * 6
