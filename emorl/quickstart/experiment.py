@@ -7,7 +7,6 @@ from pathlib import Path
 
 from emorl.config.experiment import (
     BaseConfig,
-    ConvergenceConfig,
     DataConfig,
     Experiment,
     ObjectiveConfig,
@@ -15,6 +14,7 @@ from emorl.config.experiment import (
     TrainConfig,
     ValueConfig,
 )
+from emorl.config.train import ConvergenceConfig
 from emorl.quickstart.build import QuickstartParts, build
 from emorl.runs.layout import COST
 from emorl.runs.progress import Progress
