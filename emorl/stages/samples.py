@@ -107,5 +107,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> None:
     experiment = load(options)
     result = performed(experiment, Console(), Materials(experiment))
-    if is_main_process():
-        print(json.dumps(as_json(result), indent=2) if options.json else f"{samples_folder(experiment) / SAMPLES}: {result}")
+    if options.json and is_main_process():
+        print(json.dumps(as_json(result), indent=2))
+    elif is_main_process():
+        print(f"{samples_folder(experiment) / SAMPLES}: {result.per_prompt} answers to each of {result.prompts} prompts, of")
+        print(f"{result.words:.1f} words on average; {result.distinct_share:.2f} of them are distinct")
