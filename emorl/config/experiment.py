@@ -17,7 +17,7 @@ from emorl.config.base import BaseConfig
 from emorl.config.data import DataConfig
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
-from emorl.config.objective import ObjectiveConfig
+from emorl.config.objective import ObjectiveConfig, PairsConfig
 from emorl.config.train import Method as TrainMethod
 from emorl.config.train import TrainConfig
 from emorl.config.yaml import apply_overrides, parse, read_yaml
@@ -208,13 +208,13 @@ class Experiment:
         objective = self.objectives[policy]
         return objective.method or ("dpo" if objective.pairs else self.train.method)
 
-    def has_pairs(self, policy: str) -> bool:
-        """Whether a policy is trained on pairs that people made."""
-        return policy in self.objectives and self.objectives[policy].pairs is not None
+    def pairs_of(self, policy: str) -> PairsConfig | None:
+        """The pairs that people made, where a policy is trained on such; its objective is then called as it is."""
+        return self.objectives[policy].pairs if self.train.mode == "ensemble" else None
 
     def makes_pairs(self, policy: str) -> bool:
         """Whether a policy is trained on pairs of sampled answers."""
-        return self.method_of(policy) == "dpo" and not self.has_pairs(policy)
+        return self.method_of(policy) == "dpo" and self.pairs_of(policy) is None
 
     def _check_one_policy(self) -> None:
         """Each objective of a single policy must score answers, and cannot have a method of its own."""

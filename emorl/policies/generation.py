@@ -55,6 +55,13 @@ def asked_for(generation: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase)
     return {"tokenizer": tokenizer} if generation.get("stop_strings") else {}
 
 
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a model's text: those of its generation settings, else the tokenizer's."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+
+
 def _shortened(generation: Mapping[str, Any]) -> dict[str, int]:
     """Lengths for a trial: a token or two."""
     return {name: min(generation[name], _STEPS) for name in _LENGTHS if name in generation}

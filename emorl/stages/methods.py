@@ -75,8 +75,7 @@ def _experiments(experiment: Experiment, method: str, seed: int) -> tuple[Experi
         aggregate = "parameters" if name.endswith("soups") else "hidden_states"
         scale = experiment.compare.adapter_scale if name.startswith("scaled") else experiment.ensemble.adapter_scale
         ensemble = replace(experiment.ensemble, aggregate=aggregate, adapter_scale=scale)
-        trained = home / ("ensemble" if method == name else f"ensemble{_OFFLINE}")
-        return (replace(child, policies=trained, ensemble=ensemble),)
+        return (replace(child, policies=home / f"ensemble{method.removeprefix(name)}", ensemble=ensemble),)
     tuning = experiment.compare.tuning
     child = replace(child, objectives=_as_scores(experiment))
     if name == "weighted":

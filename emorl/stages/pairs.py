@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emorl.config.experiment import Experiment
+from emorl.config.objective import PairsConfig
 from emorl.config.yaml import as_mapping
 from emorl.runs.layout import PAIRS, SAMPLES
 from emorl.runs.progress import Progress
@@ -47,26 +48,45 @@ def pairs_of(
     folder: Path,
     start: Path | None,
 ) -> "tuple[PairSplits, Run]":
-    """The pairs of one round of a policy, and its run with what they cost.
+    """The pairs of one round of a policy, and its run with what they cost; of several processes the first one scores.
 
     Args:
         folder: the round's.
         start: the policy whose answers they are made of; the base's by default.
     """
-    if materials.experiment.has_pairs(plan.name):
-        return _of_people(materials, progress, plan.name), run
-    run = _make(materials, run, progress, plan, objectives, folder, start)
-    return _as_tokens(materials, folder / PAIRS), run
+    import numpy as np
+    from accelerate import PartialState
+
+    from emorl.training.dpo import check_enough
+    from emorl.training.pairs import sampled_pairs, values_of
+
+    experiment, file = materials.experiment, folder / PAIRS
+    if (of_people := experiment.pairs_of(plan.name)) is not None:
+        return _of_people(materials, progress, plan.name, of_people), run
+    is_there = file.exists()
+    PartialState().wait_for_everyone()  # nobody writes it before all have looked
+    if not is_there:
+        samples, scores, run = _samples(materials, run, progress, plan.name, folder, start)
+        if run.is_main:
+            rewards = []
+            for objective in objectives:
+                of_objective, run = _scored(materials, samples, objective, scores, run, progress)
+                rewards.append(of_objective)
+            values = values_of(np.stack(rewards, 1), plan, experiment.train.samples.per_prompt)
+            table = sampled_pairs(samples, values, experiment.train.samples, experiment.seed)
+            check_enough(plan.name, int((~table["held_out"]).sum()), int(table["held_out"].sum()), _FEW)
+            with written_whole(file) as temporary:
+                table.to_parquet(temporary, index=False)
+        PartialState().wait_for_everyone()
+    return _as_tokens(materials, file), run
 
 
-def _of_people(materials: Materials, progress: Progress, name: str) -> "PairSplits":
+def _of_people(materials: Materials, progress: Progress, name: str, config: PairsConfig) -> "PairSplits":
     from emorl.policies.base import config_of
     from emorl.training.dpo import check_enough
     from emorl.training.pair_files import read_pairs
 
     experiment, splits = materials.experiment, materials.splits
-    config = experiment.objectives[name].pairs
-    assert config is not None, "asked by has_pairs"
     pairs, lines = read_pairs(
         config,
         materials.tokenizer,
@@ -79,41 +99,6 @@ def _of_people(materials: Materials, progress: Progress, name: str) -> "PairSpli
         progress.say(f"policy {name}: {line}")
     check_enough(name, len(pairs.train), len(pairs.held_out), "; ".join([*lines, "bring more prompts"]))
     return pairs
-
-
-def _make(
-    materials: Materials,
-    run: Run,
-    progress: Progress,
-    plan: "PolicyPlan",
-    objectives: "Sequence[Objective]",
-    folder: Path,
-    start: Path | None,
-) -> Run:
-    """Writes the round's pairs, where they are missing; of several processes the first one scores."""
-    import numpy as np
-    from accelerate import PartialState
-
-    from emorl.training.dpo import check_enough
-    from emorl.training.pairs import sampled_pairs, values_of
-
-    experiment, file = materials.experiment, folder / PAIRS
-    PartialState().wait_for_everyone()  # so that all see alike whether it is there
-    if file.exists():
-        return run
-    samples, scores, run = _samples(materials, run, progress, plan.name, folder, start)
-    if run.is_main:
-        rewards = []
-        for objective in objectives:
-            found, run = _scored(materials, samples, objective, scores, run, progress)
-            rewards.append(found)
-        values = values_of(np.stack(rewards, 1), plan, experiment.train.samples.per_prompt)
-        table = sampled_pairs(samples, values, experiment.train.samples, experiment.seed)
-        check_enough(plan.name, int((~table["held_out"]).sum()), int(table["held_out"].sum()), _FEW)
-        with written_whole(file) as temporary:
-            table.to_parquet(temporary, index=False)
-    PartialState().wait_for_everyone()
-    return run
 
 
 def _samples(
@@ -154,7 +139,7 @@ def _scored(
     import numpy as np
 
     from emorl.evaluation.memo import ScoreMemo
-    from emorl.evaluation.scoring import score
+    from emorl.evaluation.scoring import score as with_scores
 
     data, rewards = materials.splits.train, []
     paid: Any = _Paid(objective, run)
@@ -163,9 +148,8 @@ def _scored(
     starts = range(0, len(samples), _SCORED_AT_ONCE)
     with closing(ScoreMemo(file)) as memo, progress.bar(f"score {objective.name}", len(starts)) as bar:
         for first in starts:
-            table = score(samples.iloc[first : first + _SCORED_AT_ONCE], data, [paid], memo)
-            found = [None if np.isnan(one) else one for one in table[objective.name]]
-            rewards += objective.rewards(found)
+            table = with_scores(samples.iloc[first : first + _SCORED_AT_ONCE], data, [paid], memo)
+            rewards += objective.rewards([None if np.isnan(score) else score for score in table[objective.name]])
             bar.advance()
     return np.array(rewards, dtype=float), paid.run
 

@@ -25,12 +25,11 @@ from emorl.stages.stage import BASE_KEYS, Stage, finished_run, identity, is_main
 
 def check(experiment: Experiment) -> None:
     """Refuses settings of decoding that are none, and a base that answers by an encoder."""
+    from emorl.policies.base import is_encoder_decoder
     from emorl.policies.generation import check_generation
     from emorl.training.samples import sampling
 
     check_generation(sampling(experiment.generation, experiment.train.samples))
-    from emorl.policies.base import is_encoder_decoder
-
     if is_encoder_decoder(experiment.base):
         model = shown_name(experiment.base.model)
         raise UserError(f"samples are for method dpo, which trains decoders; base.model {model!r} is an encoder-decoder")

@@ -50,7 +50,7 @@ def policy_stage(experiment: Experiment, name: str, turn: tuple[int, int] = (1, 
 def _depends_on(experiment: Experiment, name: str) -> list[str]:
     """What makes a policy this one: of the objectives its own, of the methods' blocks that of its method. A policy of people's
     pairs needs no function, and stays the same when its objective gets one."""
-    if experiment.has_pairs(name):
+    if experiment.pairs_of(name) is not None:
         of_objective = [f"objectives.{name}.pairs"]
         others = ["grpo", "scst", "samples"]
     else:
@@ -83,8 +83,8 @@ def check(experiment: Experiment, names: Sequence[str] | None = None) -> None:
 
     lora_config(experiment.train, experiment.base)
     for name in names or experiment.policy_names:
-        if experiment.has_pairs(name):
-            check_pairs(experiment.objectives[name].pairs)
+        if (pairs := experiment.pairs_of(name)) is not None:
+            check_pairs(pairs)
         plan = _plan(experiment, name)
         train, base, generation = experiment.train, experiment.base, experiment.generation
         block, _ = training_block(train, plan.method)
@@ -107,37 +107,22 @@ def _check_names(experiment: Experiment, names: Sequence[str]) -> None:
 
 
 def work(materials: Materials, run: Run, progress: Progress, name: str, turn: tuple[int, int]) -> TrainingResult:
-    """Trains a policy from its last complete checkpoint to its end; offline, in rounds."""
+    """Trains a policy from its last complete checkpoint to its end. A round goes on with the policy of the one before, and with
+    pairs of that policy's answers."""
     from emorl.objectives.loading import outside_range
 
     plan = _plan(materials.experiment, name)
-    objectives = [] if materials.experiment.has_pairs(name) else [materials.objective(one) for one in plan.objectives]
-    if plan.method == "dpo":
-        result = _train_offline(materials, run, progress, plan, objectives, turn)
-    else:
-        result = _train(materials, run, progress, plan, objectives, turn)
-    for line in outside_range(objectives):
-        progress.warn(line)
-    return result
-
-
-def _train_offline(
-    materials: Materials,
-    run: Run,
-    progress: Progress,
-    plan: "PolicyPlan",
-    objectives: "Sequence[Objective]",
-    turn: tuple[int, int],
-) -> TrainingResult:
-    """Every round but the first begins with the policy before it, and pairs of that policy's own answers."""
-    rounds = rounds_of(materials.experiment, plan.name)
-    folders = [*(run.path / ROUNDS / str(number) for number in range(1, rounds)), run.path]
+    objectives = [] if materials.experiment.pairs_of(name) else [materials.objective(one) for one in plan.objectives]
     start = None
-    for folder in folders[:-1]:
+    for number in range(1, rounds_of(materials.experiment, name)):
+        folder = run.path / ROUNDS / str(number)
         if not (folder / POLICY).exists():
             _train(materials, run, progress, plan, objectives, turn, folder, start)
         start = folder / POLICY
-    return _train(materials, run, progress, plan, objectives, turn, folders[-1], start)
+    result = _train(materials, run, progress, plan, objectives, turn, run.path, start)
+    for line in outside_range(objectives):
+        progress.warn(line)
+    return result
 
 
 def _train(
@@ -147,16 +132,16 @@ def _train(
     plan: "PolicyPlan",
     objectives: "Sequence[Objective]",
     turn: tuple[int, int],
-    folder: Path | None = None,
-    start: Path | None = None,
+    folder: Path,
+    start: Path | None,
 ) -> TrainingResult:
-    """Trains a policy in a folder, by default the run's, beginning with the policy `start`."""
+    """Trains a policy in a folder, the run's or a round's, beginning with the policy `start`."""
     from emorl.training.allocator import keep_freed_memory
     from emorl.training.lora import leaves_out_experts, lora_config
     from emorl.training.policy import train_policy
     from emorl.training.trainers import build_trainer, trainer_config
 
-    experiment, folder = materials.experiment, folder or run.path
+    experiment = materials.experiment
     train, base, generation = experiment.train, experiment.base, experiment.generation
     if leaves_out_experts(train, base):
         progress.say(

@@ -23,14 +23,19 @@ from emorl.training.validation import PAIR_ACCURACY, ValidatedPolicy
 
 STEPS = 100  # most, by default: policies go far fast
 HELD_OUT = 256  # most pairs that a policy is measured on at every validation
-DEFAULTS = {
-    "beta": 0.1,  # DPO's and TRL's
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "precompute_ref_log_probs": int(os.environ.get("WORLD_SIZE", "1")) == 1,  # TRL's cache is one process's own
-    "max_length": None,  # nothing is cut
-}
+DPO_BETA = 0.1  # DPO's and TRL's
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def dpo_defaults() -> dict[str, Any]:
+    """What the block `train.dpo` leaves out; TRL's cache of the base's log-probabilities is one process's own."""
+    return {
+        "beta": DPO_BETA,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "precompute_ref_log_probs": int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        "max_length": None,  # nothing is cut
+    }
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ def read_pairs(
     Raises:
         UserError: missing files or columns, rows that are no pairs, or conversations for a base that has no chat template.
     """
-    check_pairs(config)
     keep = _Keep(config, tokenizer, model_config, {_asked_in(prompt) for prompt in apart})
     pairs = keep.of_use(_read(config, config.path, tokenizer, system_prompt))
     if config.validation_path is not None:
@@ -59,29 +58,33 @@ def read_pairs(
         train = keep.unlike(pairs, prompts)
     else:
         groups = list(dict.fromkeys(_asked_in(pair.prompt) for pair in pairs))
-        prompts = {groups[position] for position in held_out_of(range(len(groups)), config.validation, seed)}
+        prompts = held_out_of(groups, config.validation, seed)
         train, held_out = ([pair for pair in pairs if (_asked_in(pair.prompt) in prompts) == out] for out in (False, True))
     return PairSplits(_dataset(train), _dataset(held_out)), keep.lines()
 
 
-def check_pairs(config: PairsConfig | None) -> None:
+def check_pairs(config: PairsConfig) -> None:
     """Refuses files of pairs that are not there or lack a column.
 
     Raises:
         UserError: the first of them.
     """
-    if config is None:
-        return
+    for path in filter(None, (config.path, config.validation_path)):
+        _table(config, path)
+
+
+def _table(config: PairsConfig, path: Any) -> Dataset:
+    """A file's rows, which have the columns that the block names."""
+    table = read_table(path, config.split)
     wanted = [config.chosen_column, config.rejected_column]
     if config.prompt_column != _PROMPT:
         wanted.append(config.prompt_column)  # by default it may be missing: the answers then begin with it
     if config.grade_column is not None:
         wanted = [config.prompt_column, config.response_column, config.grade_column]
-    for path in filter(None, (config.path, config.validation_path)):
-        columns = read_table(path, config.split).column_names
-        for column in wanted:
-            if column not in columns:
-                raise UserError(f"{_named(path)} has no column {column!r}; {nearest(column, columns)}")
+    for column in wanted:
+        if column not in table.column_names:
+            raise UserError(f"{_named(path)} has no column {column!r}; {nearest(column, table.column_names)}")
+    return table
 
 
 def _named(path: Any) -> str:
@@ -151,7 +154,7 @@ def _dataset(pairs: Sequence[Pair]) -> Dataset:
 
 
 def _read(config: PairsConfig, path: Any, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> list[Pair]:
-    rows = [(f"{_named(path)}, row {number}", row) for number, row in enumerate(read_table(path, config.split), 1)]
+    rows = [(f"{_named(path)}, row {number}", row) for number, row in enumerate(_table(config, path), 1)]
     if config.grade_column is not None:
         return _of_grades(config, rows, tokenizer, system_prompt)
     return [_pair(config, row, place, tokenizer, system_prompt) for place, row in rows]

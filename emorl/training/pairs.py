@@ -6,7 +6,7 @@ a long and a short answer teaches length: the former are never made, the latter 
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,8 @@ from emorl.evaluation.hacking import NEAR_DUPLICATE
 from emorl.evaluation.text_metrics import word_tokens
 from emorl.training.advantages import advantages_of
 from emorl.training.modes import PolicyPlan
+
+Group = TypeVar("Group", int, str)
 
 
 def ordered_pairs(
@@ -109,7 +111,7 @@ def sampled_pairs(samples: pd.DataFrame, values: np.ndarray, config: SamplesConf
     return table.assign(held_out=table["prompt_index"].isin(held_out))
 
 
-def held_out_of(groups: Sequence[int], share: float, seed: int) -> set[int]:
+def held_out_of(groups: Sequence[Group], share: float, seed: int) -> set[Group]:
     """The groups, of pairs of one prompt, that are not trained on: at least one, and never all."""
     count = min(len(groups) - 1, max(1, round(share * len(groups))))
     return {groups[position] for position in np.random.default_rng(seed).permutation(len(groups))[:count]}

@@ -18,7 +18,7 @@ from emorl.training.checkpoints import last_complete_checkpoint
 from emorl.training.dpo import DPOPolicyTrainer
 from emorl.training.dynaopt import SCORE
 from emorl.training.modes import PolicyPlan
-from emorl.training.trainers import BETA, PolicyTrainer, TrainerConfig, prompts_per_step
+from emorl.training.trainers import PolicyTrainer, TrainerConfig, default_beta, prompts_per_step
 from emorl.training.validation import PAIR_ACCURACY
 
 
@@ -42,8 +42,9 @@ def train_policy(
     algorithm, pairs = plan.method.upper(), _pairs(trainer)
     of_pairs = "" if pairs is None else f" of {pairs} pairs"
     progress.say(f"policy {plan.name}: training with {algorithm}{of_pairs}, at most {config.max_steps} steps")
+    default = default_beta(plan.method)
     if config.beta == 0:
-        progress.warn(f"train.{plan.method}.beta is 0: nothing holds policy {plan.name} near the base (default {BETA})")
+        progress.warn(f"train.{plan.method}.beta is 0: nothing holds policy {plan.name} near the base (default {default})")
     checkpoint = last_complete_checkpoint(checkpoints)
     config.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     title = f"train {plan.name}" + (f" ({turn[0]} of {turn[1]})" if turn[1] > 1 else "")

@@ -7,6 +7,7 @@ depends on the settings and the seed alone, not on who draws it or how often it 
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from emorl.config.train import SamplesConfig
 from emorl.evaluation.scoring import completions_table, generated_ids
 from emorl.evaluation.tables import read_table
 from emorl.policies.conversation import prompt_text
+from emorl.policies.generation import end_tokens
 from emorl.runs.layout import PARTS, SAMPLES
 from emorl.runs.progress import Progress
 from emorl.runs.run import Cost, Run, written_whole
@@ -29,7 +31,7 @@ COLUMNS = ("prompt_index", "sample", "prompt", "completion", "tokens", "ids")
 def sampling(generation: Mapping[str, Any], config: SamplesConfig) -> dict[str, Any]:
     """Settings of `generate()`: the experiment's, but that they sample from the whole distribution as `config` says; nothing
     that draws from another one (beams, top_k) is left in."""
-    left_out = ("num_beams", "num_beam_groups", "penalty_alpha", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+    left_out = ("num_beams", "num_beam_groups", "penalty_alpha", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
     kept = {name: value for name, value in generation.items() if name not in left_out}
     return {**kept, "do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
 
@@ -55,68 +57,60 @@ def sample_answers(
         folder: where parts and the whole table are kept; one that is finished is only read.
         run: whose cost it is.
     """
-    file = folder / SAMPLES
-    if not file.exists():
-        run = _sample_parts(model, tokenizer, prompts, generation, config, seed, folder, run, progress, title)
-    rows = len(prompts) * config.per_prompt
-    return read_table(file, COLUMNS, f"remove {file}, and the answers are sampled again", rows), run
+    whole, rows = folder / SAMPLES, len(prompts) * config.per_prompt
+    if not whole.exists():
+        sampler = _Sampler(model, tokenizer, prompts, sampling(generation, config), seed)
+        run = sampler.sample(config, folder, run, progress, title)
+    return read_table(whole, COLUMNS, f"remove {whole}, and the answers are sampled again", rows), run
 
 
-def _sample_parts(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-    generation: Mapping[str, Any],
-    config: SamplesConfig,
-    seed: int,
-    folder: Path,
-    run: Run,
-    progress: Progress,
-    title: str,
-) -> Run:
-    order = sorted(range(len(prompts)), key=lambda index: len(prompt_text(prompts[index])))  # little padding
-    rows = [(index, sample) for index in order for sample in range(config.per_prompt)]
-    starts = range(0, len(rows), config.batch)
-    files = [folder / PARTS / f"{number:06}.parquet" for number in range(len(starts))]
-    state, settings = PartialState(), sampling(generation, config)
-    mine = list(zip(starts, files, strict=True))[state.process_index :: state.num_processes]
-    missing = [(start, file) for start, file in mine if not file.exists()]
-    with progress.bar(title, len(mine), done=len(mine) - len(missing)) as bar:
-        for start, file in missing:
-            began, part = time.perf_counter(), rows[start : start + config.batch]
-            table = _sample_part(model, tokenizer, prompts, part, settings, seed + start)
-            with written_whole(file) as temporary:
-                table.to_parquet(temporary, index=False)
-            run = run.add_cost(_cost(table, time.perf_counter() - began, state.num_processes))
-            bar.advance()
-    state.wait_for_everyone()
-    if run.is_main:
-        parts = [read_table(file, COLUMNS, f"remove {file}, and it is sampled again") for file in files]
-        whole = pd.concat(parts).sort_values(["prompt_index", "sample"], ignore_index=True)
-        with written_whole(folder / SAMPLES) as temporary:
-            whole.to_parquet(temporary, index=False)
-        shutil.rmtree(folder / PARTS)
-    state.wait_for_everyone()
-    return run
+@dataclass(frozen=True)
+class _Sampler:
+    """What answers, what it is asked, and with which settings of `generate()`."""
 
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Any]
+    settings: Mapping[str, Any]
+    seed: int
 
-@torch.no_grad()
-def _sample_part(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-    part: Sequence[tuple[int, int]],
-    settings: Mapping[str, Any],
-    seed: int,
-) -> pd.DataFrame:
-    """One batch, whose random numbers depend on its place alone."""
-    asked = [prompts[index] for index, _ in part]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        ids = generated_ids(model, tokenizer, asked, settings, {})  # (B, T)
-    ends, pad = _ends(model, tokenizer), tokenizer.pad_token_id
-    kept = [_written(row, ends, pad) for row in ids.tolist()]
-    return completions_table(tokenizer, prompts, part, ids).assign(ids=kept)
+    def sample(self, config: SamplesConfig, folder: Path, run: Run, progress: Progress, title: str) -> Run:
+        """Writes the parts that are missing, each process its own, and then the whole table."""
+        order = sorted(range(len(self.prompts)), key=lambda index: len(prompt_text(self.prompts[index])))  # little padding
+        rows = [(index, sample) for index in order for sample in range(config.per_prompt)]
+        starts = range(0, len(rows), config.batch)
+        files = [folder / PARTS / f"{number:06}.parquet" for number in range(len(starts))]
+        state = PartialState()
+        mine = list(zip(starts, files, strict=True))[state.process_index :: state.num_processes]
+        missing = [(start, file) for start, file in mine if not file.exists()]
+        with progress.bar(title, len(mine), done=len(mine) - len(missing)) as bar:
+            for start, file in missing:
+                began = time.perf_counter()
+                table = self._part(rows[start : start + config.batch], start)
+                with written_whole(file) as temporary:
+                    table.to_parquet(temporary, index=False)
+                run = run.add_cost(_cost(table, time.perf_counter() - began, state.num_processes))
+                bar.advance()
+        state.wait_for_everyone()
+        if run.is_main:
+            parts = [read_table(file, COLUMNS, f"remove {file}, and it is sampled again") for file in files]
+            whole = pd.concat(parts).sort_values(["prompt_index", "sample"], ignore_index=True)
+            with written_whole(folder / SAMPLES) as temporary:
+                whole.to_parquet(temporary, index=False)
+            shutil.rmtree(folder / PARTS)
+        state.wait_for_everyone()
+        return run
+
+    @torch.no_grad()
+    def _part(self, rows: Sequence[tuple[int, int]], start: int) -> pd.DataFrame:
+        """One batch, whose random numbers depend on its place alone."""
+        asked = [self.prompts[index] for index, _ in rows]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + start)
+            ids = generated_ids(self.model, self.tokenizer, asked, self.settings, {})  # (B, T)
+        ends, pad = end_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
+        kept = [_written(row, ends, pad) for row in ids.tolist()]
+        return completions_table(self.tokenizer, self.prompts, rows, ids).assign(ids=kept)
 
 
 def _written(ids: list[int], ends: Sequence[int], pad: Any) -> list[int]:
@@ -127,13 +121,6 @@ def _written(ids: list[int], ends: Sequence[int], pad: Any) -> list[int]:
     while ids and ids[-1] == pad:
         ids = ids[:-1]
     return ids
-
-
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer."""
-    own = model.generation_config.eos_token_id
-    ends: Any = own if own is not None else tokenizer.eos_token_id
-    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def _cost(table: pd.DataFrame, seconds: float, processes: int) -> Cost:

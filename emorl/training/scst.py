@@ -34,6 +34,7 @@ from transformers import (
 from trl.models import unwrap_model_for_generation
 
 from emorl.policies.conversation import as_completion
+from emorl.policies.generation import end_tokens
 from emorl.policies.prompts import decode, encode
 from emorl.training.advantages import AGGREGATIONS, BASELINES, advantages_of
 
@@ -262,7 +263,6 @@ def _sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
     """Sampling from the policy itself: what else a model's own generation config asks for (forced tokens, penalties) would give
     samples of another distribution than the one that is learned from."""
     own: Any = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     start = own.decoder_start_token_id
     return GenerationConfig(
         do_sample=True,
@@ -271,7 +271,7 @@ def _sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settin
         top_p=settings.top_p,
         num_return_sequences=settings.num_generations,
         max_new_tokens=settings.max_completion_length,
-        eos_token_id=list(ends) if isinstance(ends, (list, tuple)) else [ends],
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=model.config.decoder_start_token_id if start is None else start,
     )

@@ -25,7 +25,7 @@ from emorl.policies.placement import check_in_memory
 from emorl.policies.prompts import answers_begin_after
 from emorl.runs.run import Run
 from emorl.training.callbacks import CollapseCallback, ConvergenceCallback, CostCallback, RewardCounter
-from emorl.training.dpo import DEFAULTS, STEPS, DPOPolicyTrainer, PairSplits
+from emorl.training.dpo import DPO_BETA, STEPS, DPOPolicyTrainer, PairSplits, dpo_defaults
 from emorl.training.dynaopt import DynaOptCallback
 from emorl.training.modes import PolicyPlan
 from emorl.training.scst import SCSTConfig, SCSTTrainer
@@ -48,7 +48,6 @@ _SET_BY_EMORL = {
 }
 
 TrainerConfig = GRPOConfig | SCSTConfig | DPOConfig
-_KINDS: dict[str, Any] = {"grpo": GRPOConfig, "scst": SCSTConfig, "dpo": DPOConfig}
 
 
 class GRPOPolicyTrainer(ValidatedPolicy, GRPOTrainer):
@@ -60,7 +59,12 @@ class SCSTPolicyTrainer(ValidatedPolicy, SCSTTrainer):
 
 
 PolicyTrainer = GRPOPolicyTrainer | SCSTPolicyTrainer | DPOPolicyTrainer
-_TRAINERS: dict[Any, Any] = {GRPOConfig: GRPOPolicyTrainer, SCSTConfig: SCSTPolicyTrainer, DPOConfig: DPOPolicyTrainer}
+_TRAINERS: dict[Method, tuple[Any, Any]] = {
+    "grpo": (GRPOConfig, GRPOPolicyTrainer),
+    "scst": (SCSTConfig, SCSTPolicyTrainer),
+    "dpo": (DPOConfig, DPOPolicyTrainer),
+}
+"""method -> its settings and its trainer"""
 
 
 def trainer_config(
@@ -76,7 +80,7 @@ def trainer_config(
         UserError: an unknown or impossible setting, or one that emorl sets itself.
     """
     name, block = training_block(train, plan.method)
-    kind = _KINDS[plan.method]
+    kind, _ = _TRAINERS[plan.method]
     for key in block:
         if key in _SET_BY_EMORL:
             raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
@@ -93,9 +97,9 @@ def trainer_config(
         "save_strategy": "steps",
     }
     if kind is DPOConfig:
-        defaults |= DEFAULTS
+        defaults |= dpo_defaults()
     else:
-        defaults |= {"beta": BETA, "max_completion_length": generation.get("max_new_tokens", 64)}
+        defaults |= {"beta": default_beta(plan.method), "max_completion_length": generation.get("max_new_tokens", 64)}
         defaults |= {"num_generations_eval": 1} if kind is GRPOConfig else {}
         fixed |= {"reward_weights": list(plan.reward_weights), "multi_objective_aggregation": plan.aggregation}
     config = library_settings(kind, block, name, kind.__name__, defaults, fixed)
@@ -114,7 +118,7 @@ def training_method(asked: Method | None, train: TrainConfig, base: BaseConfig) 
     """
     fitting: tuple[Method, ...] = ("scst",) if is_encoder_decoder(base) else ("grpo", "dpo")
     what = f"base.model {shown_name(base.model)!r} is {'an encoder-decoder' if len(fitting) == 1 else 'a decoder'}"
-    for name in ("grpo", "scst", "dpo"):
+    for name in _TRAINERS:
         if getattr(train, name) and name not in fitting:
             raise UserError(f"train.{name} has settings, but {what}; use train.{fitting[0]}")
     if asked is not None and asked not in fitting:
@@ -139,6 +143,11 @@ def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}.{key}: expected a whole number of at least 1, got {value!r:.60}")
     return steps, min(eval_steps, steps)
+
+
+def default_beta(method: Method) -> float:
+    """What holds a policy near the base where its block does not say."""
+    return DPO_BETA if method == "dpo" else BETA
 
 
 def _defaults(dtype: torch.dtype, steps: int, eval_steps: int) -> dict[str, Any]:
@@ -199,8 +208,9 @@ def build_trainer(
     cost, rule = CostCallback(run), train.collapse
     converges = ConvergenceCallback(train.convergence.window, train.convergence.threshold)
     read = _sampled(base, splits, objectives, cost) if pairs is None else {"pairs": pairs}
+    _, kind = _TRAINERS[plan.method]
     trainer = _made(
-        _TRAINERS[type(config)],
+        kind,
         validation=Validation(objectives, plan.reward_weights, generation, splits.validation),
         fingerprint=base_fingerprint(base.model),
         model=base.model,

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emorl.config import UserError, nearest
 
@@ -142,13 +141,6 @@ def check_weights(weights: Tensor, span: int, expected: tuple[int, int]) -> None
         raise ValueError(f"Got weights {weights.tolist()}; expected {expected}, at least 0 and of sum 1 in each row.")
     if span < 1:
         raise ValueError(f"Got span={span}; expected at least one token.")
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a text: those of the model's generation config, else the tokenizer's."""
-    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def distribution_signals(probabilities: Tensor, ran: Tensor | None = None, choices: Tensor | None = None) -> Tensor:

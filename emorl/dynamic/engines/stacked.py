@@ -15,9 +15,10 @@ from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.aggregation.reading import CausalReader, Seq2SeqReader, check_cache
 from emorl.aggregation.row_cache import RowLayer
 from emorl.aggregation.stacked_lora import AggregatingHead, policy_rows
-from emorl.dynamic.engines.engine import SIGNALS, Decoding, check_weights, distribution_signals, end_tokens
+from emorl.dynamic.engines.engine import SIGNALS, Decoding, check_weights, distribution_signals
 from emorl.dynamic.engines.sampling import choose, random_numbers
 from emorl.dynamic.engines.settings import check_settings, processors_of, say_sampling
+from emorl.policies.generation import end_tokens
 from emorl.policies.prompts import decode, encode
 
 _Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emorl.dynamic.engines.engine import SIGNALS, Decoding, check_weights, distribution_signals, end_tokens
+from emorl.dynamic.engines.engine import SIGNALS, Decoding, check_weights, distribution_signals
 from emorl.dynamic.engines.reader import Reader, check_reader
 from emorl.dynamic.engines.sampling import choose, random_numbers
 from emorl.dynamic.engines.vocabulary import Transcript, UnionVocabulary, is_complete
+from emorl.policies.generation import end_tokens
 from emorl.policies.prompts import encode, is_chat
 
 VOCABULARIES = ("top_k", "full")
