@@ -12,6 +12,7 @@ import yaml
 from emorl.cli import main
 from emorl.config.experiment import load_experiment
 from emorl.config.reward import load_refresh_experiment, load_reward_experiment
+from recipes.read_answers import main as read_answers
 from recipes.rl_fusion.compare import main as compare_fusions
 from recipes.rmm.search import main as search_plans
 
@@ -122,7 +123,7 @@ def test_two_processes_train_one_policy(tmp_path, tiny_base_dir, tiny_seq2seq_di
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_two_processes_share_the_sampling_and_train_offline(tmp_path, tiny_base_dir):
+def test_two_processes_share_the_sampling_and_train_offline(tmp_path, tiny_base_dir, capsys):
     """Who draws an answer changes nothing: the samples are those of one process."""
     (tmp_path / "prompts.csv").write_text("prompt\n" + "\n".join(f"say {i}" for i in range(12)))
     content = {
@@ -145,6 +146,9 @@ def test_two_processes_share_the_sampling_and_train_offline(tmp_path, tiny_base_
     result = json.loads((tmp_path / "run" / "train" / "letters" / "result.json").read_text())
     assert result["steps"] == 2
     assert result["prompts_per_step"] == 4  # pairs, of both processes
+    read_answers([str(tmp_path / "experiment.yaml"), "--shown", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[::2]] == ["== base", "== letters"]
     assert main(["samples", str(tmp_path / "experiment.yaml"), f"output={tmp_path / 'alone'}"]) == 0
     shared, alone = (pd.read_parquet(tmp_path / run / "samples" / "samples.parquet") for run in ("run", "alone"))
     pd.testing.assert_frame_equal(shared, alone)
