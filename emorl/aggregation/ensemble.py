@@ -31,7 +31,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from emorl.aggregation.capabilities import CAPABILITIES
-from emorl.aggregation.given_weights import Vector, Weights, in_order, say_other_sum, weight_rows
+from emorl.aggregation.given_weights import Vector, Weights, active_policies, in_order, say_other_sum, weight_rows
 from emorl.aggregation.policy_encoder import PolicyEncoder, batch_of
 from emorl.aggregation.row_cache import RowCache, has_only_full_attention
 from emorl.aggregation.saved import (
@@ -48,6 +48,7 @@ from emorl.aggregation.stacked_lora import (
     AggregatingHead,
     StackedLoraLinear,
     SummedLoraLinear,
+    aggregated,
     current_mixing,
     mixing,
     policy_rows,
@@ -194,7 +195,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         batch = next((len(tensor) if torch.is_tensor(tensor) else len(tensor[0]) for tensor in given if tensor is not None), 1)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)
         self._has_said_sum = self._has_said_sum or say_other_sum(rows)
-        active = tuple((rows != 0).any(0).nonzero().flatten().tolist())
+        active = active_policies(rows)
         with mixing(rows, active):  # the encoder runs in here, before any forward of ours
             # As rows, weights are repeated by transformers with their sequence for beams and return sequences.
             return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
@@ -360,6 +361,17 @@ class HiddenStateEnsemble(AdapterMixture):
     @property
     def _has_rows_by_policy(self) -> bool:
         return True
+
+    def mixed_hidden_states(self, input_ids: Tensor, attention_mask: Tensor, weights: Weights | None = None) -> Tensor:
+        """What the head of a decoder reads, (B, T, H): the weighted sum of the policies' last hidden states, for tokens (B, T)
+        with padding on any side and `weights` (K,) or (B, K)."""
+        batch = len(input_ids)
+        rows = self._weights_by_row(self.weights if weights is None else weights, batch)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # as generate() counts them
+        by_sequence = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        with mixing(rows, active_policies(rows)):
+            arguments = {name: self._model_rows(value, batch) for name, value in by_sequence.items()}
+            return aggregated(self.policies.base_model(**arguments, use_cache=False).last_hidden_state)
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
         """Called by transformers' beam search, which knows one row per beam; the cache has K."""

@@ -52,6 +52,11 @@ def weight_rows(weights: Weights, batch: int, names: Sequence[str], may_be_negat
     return rows
 
 
+def active_policies(rows: Tensor) -> tuple[int, ...]:
+    """Those that have any weight in rows (B, K)."""
+    return tuple((rows != 0).any(0).nonzero().flatten().tolist())
+
+
 def say_other_sum(rows: Tensor) -> bool:
     """Says what it does that weights (B, K) do not sum to 1; whether there was anything to say."""
     sums = rows.sum(1)

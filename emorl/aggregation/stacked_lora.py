@@ -162,18 +162,22 @@ class AggregatingHead(nn.Module):
         self.head = head
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (B*K, T, H) to logits (B, T, V); the sum is taken in float32 at least. Where the `mixing` block asks
-        for no aggregation, `hidden` itself, scaled by whatever the family does between its last norm and its head."""
-        mix = current_mixing()
-        if not mix.aggregate:
-            return hidden
-        weights = mix.weights.to(hidden.device)  # (B, K)
-        if mix.active is not None:
-            weights = weights[:, list(mix.active)]
-        precision = torch.promote_types(hidden.dtype, weights.dtype)
-        blocks = hidden.unflatten(0, tuple(weights.shape)).to(precision)  # (B, K, T, H)
-        mixed = torch.einsum("bkth,bk->bth", blocks, weights.to(precision))
-        return self.head(mixed.to(hidden.dtype))
+        """hidden (B*K, T, H) to logits (B, T, V). Where the `mixing` block asks for no aggregation, `hidden` itself, scaled by
+        whatever the family does between its last norm and its head."""
+        return self.head(aggregated(hidden)) if current_mixing().aggregate else hidden
+
+
+def aggregated(hidden: Tensor) -> Tensor:
+    """The weighted sum (B, T, H) of the policies' last hidden states (B*K, T, H), as the `mixing` block says; in float32 at
+    least, also under autocast."""
+    mix = current_mixing()
+    weights = mix.weights.to(hidden.device)  # (B, K)
+    if mix.active is not None:
+        weights = weights[:, list(mix.active)]
+    precision = torch.promote_types(hidden.dtype, weights.dtype)
+    blocks = hidden.unflatten(0, tuple(weights.shape)).to(precision)  # (B, K, T, H)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.einsum("bkth,bk->bth", blocks, weights.to(precision)).to(hidden.dtype)
 
 
 def policy_rows(rows: Tensor, policies: int) -> Tensor:

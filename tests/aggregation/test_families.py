@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble, ParameterAverage
+from emorl.aggregation.teacher import Asked, EnsembleTeacher
 from emorl.aggregation.trie import TrieDecoder, plain_greedy
 from emorl.policies.adapters import Adapter, read_adapter
 
@@ -227,3 +228,22 @@ def test_weights_that_do_not_sum_to_1_are_said_once(make_policies, inputs, caplo
     for _ in range(2):
         assert torch.equal(ensemble.generate(**inputs, **GREEDY, weights={"0": 0.8, "2": 0.8}), expected)
     assert caplog.text.count("weights sum to 1.6, not 1") == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_ensemble_read_as_a_teacher_says_what_the_ensemble_says(family, make_policies, inputs):
+    """Backbone, head and TRL's scale against the ensemble's own forward; other weights in each row."""
+    base, adapters, _ = make_policies(family)
+    ensemble = HiddenStateEnsemble(base, adapters)
+    teacher, weights, mask = EnsembleTeacher(ensemble), WEIGHTS[1:], inputs["attention_mask"]
+    asked = Asked(inputs["input_ids"][:, :8], mask[:, :8], weights, new_tokens=2)
+    strange = torch.cat([torch.full((3, 5), 7), inputs["input_ids"][:, 8:]], 1)  # what a student was asked
+    with teacher.asked(asked):
+        hidden = teacher.base_model(strange, torch.ones_like(strange)).last_hidden_state
+    config, head = base.config, teacher.get_output_embeddings()
+    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    seen = scale * torch.nn.functional.linear(hidden, head.weight, head.bias)
+    off = seen[mask.bool()].log_softmax(-1) - logits_of(ensemble, inputs, weights=weights).log_softmax(-1)
+    assert off.abs().max() < 1e-5
+    assert teacher.config.vocab_size == len(head.weight)
