@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "Compare what was found with its rivals on test prompts.",
     "compare": "Train the ensemble and its rivals at the same budget, once per seed, and compare them on test prompts.",
     "fuse": "Fuse trained policies into one, or whole checkpoints tensor by tensor on disk.",
+    "distill": "Turn the ensemble at chosen weights into one adapter, or into one for the whole front.",
     "dynamic": "Train agents that set the ensemble's weights anew for every span of text, and compare them with fixed weights.",
     "report": "Write one self-contained HTML report of a run directory.",
     "generate": "Answer prompts with the point of the front that suits your preference, or with one policy.",

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from emorl.config import UserError
 from emorl.config.base import BaseConfig
 from emorl.config.data import DataConfig
+from emorl.config.distill import DistillConfig
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
 from emorl.config.objective import ObjectiveConfig, PairsConfig
@@ -163,6 +164,8 @@ class Experiment:
     """`emorl fuse`: the policies' parameters become one policy"""
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
     """`emorl dynamic`: an agent that sets the weights anew for every span of text"""
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+    """`emorl distill`: the ensemble becomes one adapter"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | dict[str, Path] | None = None
@@ -180,9 +183,10 @@ class Experiment:
                     f"objectives: {name!r} cannot name an objective; use letters, digits and _, but no column of the results"
                 )
         for where, preferences in (
-            ("train", self.train.preferences),
-            ("value", self.value.preferences),
-            *(("compare", one) for one in self.compare.preferences),
+            ("train.preferences", self.train.preferences),
+            ("value.preferences", self.value.preferences),
+            ("distill.prefer", self.distill.prefer),
+            *(("compare.preferences", one) for one in self.compare.preferences),
         ):
             _check_preferences(where, preferences, list(self.objectives))
         if self.fuse.strata is not None and (
@@ -230,10 +234,10 @@ class Experiment:
 def _check_preferences(where: str, preferences: Mapping[str, float], objectives: Sequence[str]) -> None:
     unknown = sorted(set(preferences) - set(objectives))
     if unknown:
-        raise ValueError(f"{where}.preferences names {unknown}, but the objectives are {sorted(objectives)}")
+        raise ValueError(f"{where} names {unknown}, but the objectives are {sorted(objectives)}")
     numbers = list(preferences.values())
     if numbers and (min(numbers) < 0 or sum(numbers) == 0):
-        raise ValueError(f"{where}.preferences must not be negative and not all 0, got {dict(preferences)}")
+        raise ValueError(f"{where} must not be negative and not all 0, got {dict(preferences)}")
 
 
 RESERVED_NAMES = frozenset(

@@ -23,6 +23,7 @@ OFFERS = {
     "policies alone": [Kind.POLICY],
     "parameter average": [Kind.PARAMETER_AVERAGE],
     "ensemble": [Kind.POLICY, Kind.ENSEMBLE, Kind.FRONT],  # one-hot weights are the policies alone
+    "distilled adapter": [Kind.DISTILLED],
 }
 """what offers trade-offs -> the systems whose hypervolume that is"""
 
@@ -96,12 +97,16 @@ def hypervolumes(summary: pd.DataFrame, objectives: Sequence[str]) -> tuple[dict
     """Hypervolume (direction: maximise) of what each of `OFFERS` offers, and its reference point: that of all systems."""
     names = list(objectives)
     reference = reference_point(summary[names])
-    volumes = {
-        label: hypervolume(summary.loc[summary["kind"].isin(kinds), names], reference) for label, kinds in OFFERS.items()
-    }
+    offered = {label: summary.loc[summary["kind"].isin(kinds), names] for label, kinds in OFFERS.items()}
+    volumes = {label: hypervolume(scores, reference) for label, scores in offered.items() if len(scores)}
     return volumes, dict(zip(names, reference, strict=True))
 
 
 def read_tables(folder: Path, systems: Sequence[System], samples: int) -> dict[str, pd.DataFrame]:
     """Name -> table of each system's scored completions."""
-    return {system.name: pd.read_parquet(folder / table_file(system.name, system.weights, samples)) for system in systems}
+    return {system.name: pd.read_parquet(folder / file_of(system, samples)) for system in systems}
+
+
+def file_of(system: System, samples: int) -> str:
+    """Name of a compared system's table."""
+    return table_file(f"{system.name} {system.adapter}".rstrip(), system.weights, samples)

@@ -89,6 +89,22 @@ def fuse_adapters(
     return output
 
 
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], ranks: Mapping[str, int]) -> dict[str, LowRank]:
+    """Module -> factors of the weighted sum of the adapters' deltas: exact where it has no more than the module's rank, else
+    the best approximation of that rank. A module that no weight reaches is left out.
+
+    Args:
+        weights: one for each adapter; they may sum to anything.
+        ranks: of the modules that are wanted; others are left out.
+    """
+    summed = {name: _summed(_module_factors(name, adapters), weights) for name in _module_names(adapters) if name in ranks}
+    return {
+        name: LowRank(*pair) if pair[0].shape[1] <= ranks[name] else compress(*pair, rank=ranks[name])
+        for name, pair in summed.items()
+        if pair is not None
+    }
+
+
 def _check(wanted: AdapterFusion, adapters: int) -> None:
     check_truncation(wanted.rank, wanted.energy)
     for fusion in (wanted.fusion, *wanted.by_module.values()):
@@ -105,12 +121,17 @@ def _fused_module(name: str, adapters: Sequence[Adapter], wanted: AdapterFusion)
         delta = _fused_delta(f"{name}.weight", factors, fusion, wanted.seed, adapters[0].fan_in_fan_out)
         rank = sum(a.shape[1] for a, _ in factors) if wanted.is_complete else wanted.rank
         return factorize(delta, rank=rank, energy=wanted.energy)
+    summed = _summed(factors, coefficients)
+    if summed is None or wanted.is_complete:
+        return None if summed is None else LowRank(*summed)
+    return compress(*summed, rank=wanted.rank, energy=wanted.energy)
+
+
+def _summed(factors: Sequence[Factors], coefficients: Sequence[float]) -> Factors | None:
+    """Factors of the weighted sum, exactly; None where all coefficients are 0."""
     weighted = zip(factors, coefficients, strict=True)
     chosen = [((a, b), coefficient) for (a, b), coefficient in weighted if coefficient != 0 and a.shape[1] > 0]
-    if not chosen:
-        return None
-    a, b = concatenate([pair for pair, _ in chosen], [coefficient for _, coefficient in chosen])
-    return LowRank(a, b) if wanted.is_complete else compress(a, b, rank=wanted.rank, energy=wanted.energy)
+    return concatenate([pair for pair, _ in chosen], [coefficient for _, coefficient in chosen]) if chosen else None
 
 
 def _fused_delta(name: str, factors: Sequence[Factors], fusion: Fusion, seed: int, fan_in_fan_out: bool) -> Tensor:

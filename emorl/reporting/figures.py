@@ -21,6 +21,7 @@ MARKERS = {
     Kind.PARAMETER_AVERAGE: ("triangle-up", PURPLE, "parameter average"),
     Kind.ENSEMBLE: ("star", VERMILION, "ensembles"),
     Kind.DYNAMIC: ("diamond", BLUE, "dynamic ensemble"),
+    Kind.DISTILLED: ("hexagon", BLUE, "distilled adapter"),
 }
 """of each kind of system: symbol, colour, name in the legend"""
 _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
@@ -30,6 +31,7 @@ _LABEL_POSITIONS = {  # kind or system: neighbours write in different directions
     Kind.PARAMETER_AVERAGE: "bottom center",
     Kind.ENSEMBLE: "middle left",
     Kind.DYNAMIC: "bottom right",
+    Kind.DISTILLED: "middle right",
     BEST: "top right",
 }
 _VALUES = "Viridis"
@@ -86,6 +88,7 @@ def short_name(system: str, kind: str) -> str:
     """Short, so that neighbours stay legible: `policy short` -> `short`, `ensemble, best found` -> `best found`."""
     names: dict[str, str] = {Kind.POLICY: system.removeprefix("policy "), Kind.ENSEMBLE: system.removeprefix("ensemble, ")}
     names |= {Kind.FRONT: system.removeprefix("front "), Kind.PARAMETER_AVERAGE: "average"}
+    names |= {Kind.DISTILLED: system.removeprefix("distilled, front ")}
     return names.get(kind, system)
 
 

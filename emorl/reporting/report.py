@@ -22,6 +22,7 @@ from emorl.config import UserError
 from emorl.config.yaml import to_yaml
 from emorl.evaluation.hacking import Attacks
 from emorl.reporting import figures
+from emorl.reporting.distillation_table import distillation_table
 from emorl.reporting.dynamic_table import dynamic_table
 from emorl.reporting.findings import objective_findings, systems_alike
 from emorl.reporting.fusion_lines import fusion_lines
@@ -105,6 +106,7 @@ def _content(results: Results) -> dict[str, Any]:
         "candidates": [] if results.fusion_trials is None else _candidate_rows(results.fusion_trials),
         "methods": [] if results.methods is None else _markdown_tables(method_tables(results.methods)),
         "dynamic": [] if results.dynamic is None else _markdown_tables(dynamic_table(results.dynamic)),
+        "distilled": [] if results.distilled is None else _markdown_tables(distillation_table(results.distilled)),
         "bad_policies": [name for name, result in results.training.items() if result.collapsed],
         "trace": None if results.trials is None else _embedded(figures.search_trace(results.trials)),
         "training": [

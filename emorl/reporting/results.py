@@ -29,6 +29,7 @@ from emorl.runs.layout import (
 )
 from emorl.runs.results import (
     BASE,
+    DistillationResult,
     DynamicResult,
     EvaluationResult,
     FusionResult,
@@ -57,6 +58,7 @@ _RESULTS = {
     "compare": ("compare", MethodsResult),
     "fuse": ("fuse", FusionResult),
     "dynamic": ("dynamic/comparison", DynamicResult),
+    "distill": ("distill", DistillationResult),
 }
 
 
@@ -85,6 +87,7 @@ class Results:
     points: pd.DataFrame | None
     seeds: pd.DataFrame | None
     dynamic: DynamicResult | None
+    distilled: DistillationResult | None
     costs: pd.DataFrame
     versions: Mapping[str, str]
 
@@ -101,7 +104,7 @@ class Results:
     @property
     def ran(self) -> list[str]:
         """Stages that have run here."""
-        parts = (self.training, self.search, self.evaluation, self.methods, self.fusion, self.dynamic)
+        parts = (self.training, self.search, self.evaluation, self.methods, self.fusion, self.dynamic, self.distilled)
         return [stage for stage, part in zip(STAGES, parts, strict=True) if part]
 
     @property
@@ -109,6 +112,8 @@ class Results:
         """Stages that have not, of those that this experiment can have."""
         possible = STAGES if self.experiment.train.mode == "ensemble" else ("train",)
         refused = () if self.experiment.policies is None else ("train", "compare")
+        if self.experiment.ensemble.aggregate != "hidden_states":
+            refused = (*refused, "distill")
         return [stage for stage in possible if stage not in (*self.ran, *refused)]
 
     @property
@@ -191,6 +196,7 @@ def load_run(output: str | Path) -> Results:
         points=_table(layout.comparison / POINTS),
         seeds=_table(layout.comparison / SEEDS),
         dynamic=kept["dynamic"],
+        distilled=kept["distill"],
         costs=cost_table(output),
         versions=_versions(output),
     )
@@ -242,7 +248,7 @@ def cost_table(output: Path) -> pd.DataFrame:
         "quickstart": [output / "quickstart" / COST],
         "samples": [layout.samples / COST],
         **{f"train {name}": [folder / COST] for name, folder in _training_folders(experiment).items()},
-        **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse")},
+        **{stage: [layout.stage(stage) / COST] for stage in ("search", "evaluate", "fuse", "distill")},
         "compare": list(output.glob(f"{layout.seed('*').name}/**/{COST}")),
     }
     read = {name: [read_cost(file.parent) for file in files if file.exists()] for name, files in stages.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from emorl.config import UserError
 
-STAGES = ("train", "search", "evaluate", "compare", "fuse", "dynamic")
+STAGES = ("train", "search", "evaluate", "compare", "fuse", "dynamic", "distill")
 """stages of an experiment, in the order in which they use each other"""
 
 EXPERIMENT = "experiment.yaml"
@@ -112,6 +112,10 @@ class Layout:
     @property
     def fusion(self) -> Path:
         return self.stage("fuse")
+
+    @property
+    def distillation(self) -> Path:
+        return self.stage("distill")
 
     @property
     def comparison(self) -> Path:

@@ -116,6 +116,7 @@ class Kind(StrEnum):
     FRONT = "front"
     PARAMETER_AVERAGE = "parameter_average"
     DYNAMIC = "dynamic"
+    DISTILLED = "distilled"
 
 
 BASE = "base"
@@ -125,11 +126,13 @@ BEST = "ensemble, best found"
 
 @dataclass(frozen=True)
 class System:
-    """One line of the comparison on test prompts; weights by policy name, none where nothing is mixed."""
+    """One line of the comparison on test prompts; weights by policy name, none where nothing is mixed. `adapter` is the digest
+    of a distilled one: the same weights may be distilled anew."""
 
     name: str
     kind: Kind
     weights: Mapping[str, float]
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,63 @@ class MethodsResult:
     best_rival: Mapping[str, str | None]
     reference_point: Mapping[str, float]
     direction: str = "maximise"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What one adapter keeps of the ensemble's gain over the soup of the same weights, on the test prompts, with 95 % intervals
+    of resampled prompts. The share is None where the gain's interval holds 0: ensemble and soup do not differ there."""
+
+    gain: Number
+    gain_low: Number
+    gain_high: Number
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Weights of the policies, and what ensemble, soup and distilled do at them on the test prompts: scores, their weighted
+    mean `value`, the KL from the ensemble in nats per token of its answers, words, distinct share. `held_out` ones were never
+    trained on, nor any near them."""
+
+    name: str
+    weights: Mapping[str, float]
+    held_out: bool = False
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    value: Mapping[str, float] = field(default_factory=dict)
+    divergence: Mapping[str, float] = field(default_factory=dict)
+    words: Mapping[str, float] = field(default_factory=dict)
+    distinct_share: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DistillationResult:
+    """How the ensemble became one adapter: `start` is what it was before its first step, of a soup `kept_energy` says which
+    share its rank could hold. Divergences are on validation texts; `kept` and `trade_offs` on the test prompts.
+
+    With `front`, the adapter reads weights in a line of the prompt. Then nothing is `kept`, as no one soup is its rival;
+    `hypervolume` is what ensemble, soup and distilled
+    offer at the same trade-offs (direction: maximise), and `follows` the correlation of each score with the ensemble's over all
+    trade-offs, held out or not: 1 where the adapter obeys the line, about 0 where it does not read it.
+    """
+
+    front: bool
+    start: str
+    kept_energy: float
+    steps: int
+    best_step: int
+    answers_per_step: int
+    first_divergence: float
+    divergence: float
+    trade_offs: Sequence[TradeOff]
+    kept: Mapping[str, Retention] = field(default_factory=dict)
+    hypervolume: Mapping[str, float] = field(default_factory=dict)
+    reference_point: Mapping[str, float] = field(default_factory=dict)
+    follows: Mapping[str, Number] = field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()
+    prompts: str = "test"
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], is_main: bool = 
             _write_manifest(path, stage, config, finished=False)
         return Run(path, stage, config, finished=False, cost=read_cost(path), is_main=is_main)
     manifest = _read_manifest(path)
-    changed = ", ".join(_differences(manifest.get("config", {}), config))
+    changed = ", ".join(differences(manifest.get("config", {}), config))
     if manifest.get("stage") != stage or changed:
         changed = changed or "the stage"
         reuse = f" (`policies={path.parent}` uses the trained policies again)" if (path.parent / "train").is_dir() else ""
@@ -125,11 +125,11 @@ def _holds_work(path: Path) -> bool:
     return any(file.is_file() and file.name not in (MANIFEST, TRACEBACK, COST, ".lock") for file in path.rglob("*"))
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """`key: old -> new` for every leaf that differs; nothing, an empty block and an empty list are the same."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
     empty = (None, {}, [])
     return [] if old == new or (old in empty and new in empty) else [f"{prefix.rstrip('.')}: {old!r:.60} -> {new!r:.60}"]
 

@@ -3,13 +3,15 @@
 
 Scored are the untrained base, each policy alone, the equal-weights ensemble, the best ensemble of the search, points of its
 front, and parameter averaging of the same policies (rewarded soups, arXiv 2306.04488); with `ensemble.aggregate: parameters`
-what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a dynamic ensemble, that is scored too.
+what is called the ensemble averages parameters too. Where `emorl dynamic` has trained a dynamic ensemble, that is scored too,
+and what `emorl distill` has made is shown with the scores that it has there.
 The run directory holds `completions.parquet` (every scored completion with its system), `summary.csv` (one row per system),
 `result.json` (systems, hypervolumes with their reference point) and `hacking.json` (the attacks on the objectives). Systems
 scored before an interruption are kept; a finished evaluation gets attacks that it lacks.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from emorl.config.experiment import Experiment
 from emorl.runs.console import Console
-from emorl.runs.layout import ATTACKS, COMPLETIONS, SUMMARY, Layout
+from emorl.runs.layout import ATTACKS, COMPLETIONS, POLICY, SUMMARY, WEIGHTS, Layout
 from emorl.runs.progress import Progress
 from emorl.runs.results import (
     BASE,
@@ -28,11 +30,13 @@ from emorl.runs.results import (
     Kind,
     SearchResult,
     System,
+    TradeOff,
     best_dynamic_ensemble,
     read_result,
     without_nan,
 )
 from emorl.runs.run import Cost, Run, read_json, write_json, written_whole
+from emorl.stages.distill import comparable_result, table_of
 from emorl.stages.materials import Materials
 from emorl.stages.options import add_experiment, load
 from emorl.stages.search import check_mode, restore_trials
@@ -75,7 +79,22 @@ def systems_of(experiment: Experiment) -> list[System]:
         System("parameter average, equal weights", Kind.PARAMETER_AVERAGE, equal),
         *(System(f"front {number}", Kind.FRONT, point.weights) for number, point in enumerate(points, 1)),
         *([System("dynamic ensemble", Kind.DYNAMIC, {})] if has_dynamic else []),
+        *_distilled_systems(experiment),
     ]
+
+
+def _distilled_systems(experiment: Experiment) -> list[System]:
+    weights = Layout(experiment.output).distillation / POLICY / WEIGHTS
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8] if weights.is_file() else ""
+    return [System(name, Kind.DISTILLED, one.weights, digest) for name, one in _distilled(experiment).items()]
+
+
+def _distilled(experiment: Experiment) -> dict[str, TradeOff]:
+    """Name -> trade-off of a distilled adapter that answered the same test prompts; those that were held out belong to its own
+    stage."""
+    result = comparable_result(experiment)
+    trained = [] if result is None else [one for one in result.trade_offs if not one.held_out]
+    return {f"distilled, {one.name}": one for one in trained}
 
 
 def is_enough(experiment: Experiment, result: EvaluationResult) -> bool:
@@ -111,11 +130,11 @@ def work(materials: Materials, run: Run, progress: Progress) -> EvaluationResult
 
 def _score_missing(materials: Materials, systems: Sequence[System], run: Run, progress: Progress) -> Run:
     from emorl.evaluation.perplexity import load_language_model, with_perplexity
-    from emorl.evaluation.systems import table_file
+    from emorl.evaluation.systems import file_of
     from emorl.objectives.loading import outside_range
 
     config = materials.experiment.evaluate
-    files = {s.name: run.path / "systems" / table_file(s.name, s.weights, config.samples) for s in systems}
+    files = {system.name: run.path / "systems" / file_of(system, config.samples) for system in systems}
     missing = [system for system in systems if not files[system.name].exists()]
     language_model = load_language_model(config.perplexity_model) if config.perplexity_model and missing else None
     objectives, models = materials.objectives, {}
@@ -141,6 +160,8 @@ def _evaluate(materials: Materials, system: System, objectives: Sequence[Any], m
     experiment, data = materials.experiment, materials.splits.test
     if system.kind == Kind.DYNAMIC:
         return _evaluate_dynamic(experiment, data, objectives)
+    if system.kind == Kind.DISTILLED:
+        return _read_distilled(experiment, system)
     averaged = system.kind == Kind.PARAMETER_AVERAGE
     way = BASE if system.kind == Kind.BASE else "parameters" if averaged else experiment.ensemble.aggregate
     if way not in models:
@@ -149,6 +170,18 @@ def _evaluate(materials: Materials, system: System, objectives: Sequence[Any], m
     return evaluate_weights(
         models[way], materials.base.tokenizer, data, objectives, generation, config, system.weights, experiment.seed
     )
+
+
+def _read_distilled(experiment: Experiment, system: System) -> "Evaluation":
+    """What its own stage has scored on the same test prompts."""
+    import pandas as pd
+
+    from emorl.evaluation.scoring import Evaluation
+    from emorl.training.retained import NATS, TOKENS
+
+    layout = Layout(experiment.output)
+    table = table_of(layout.distillation, _distilled(experiment)[system.name], "distilled", experiment.evaluate.samples)
+    return Evaluation(pd.read_parquet(table).drop(columns=[NATS, TOKENS]), Cost())
 
 
 def _evaluate_dynamic(experiment: Experiment, data: Any, objectives: Sequence[Any]) -> "Evaluation":

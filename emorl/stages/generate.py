@@ -1,5 +1,6 @@
 """Answers prompts with the point of a search's front that suits a preference, or with one policy: a fused one, any adapter or
-whole model in a folder, or a dynamic ensemble (`emorl generate RUN --prefer …`)."""
+whole model in a folder, or a dynamic ensemble (`emorl generate RUN --prefer …`). An adapter that was distilled for the whole
+front is told the same preference by a line in the prompt, and answers in place of the ensemble."""
 
 import argparse
 import json
@@ -8,16 +9,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emorl.config import UserError, nearest
 from emorl.config.experiment import BaseConfig, Experiment, load_kept_experiment
 from emorl.config.yaml import apply_overrides
 from emorl.runs.console import Console
-from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, ENSEMBLE, EXPERIMENT, POLICY, Layout
+from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, ENSEMBLE, EXPERIMENT, POLICY, POLICY_CARD, Layout
 from emorl.runs.progress import Progress, Silent
 from emorl.runs.results import BASE, Point, SearchResult, best_dynamic_ensemble, read_result
+from emorl.runs.run import read_json
 from emorl.stages.materials import Materials
+
+if TYPE_CHECKING:
+    from emorl.policies.preference_line import PreferenceLine
 
 _DEFAULT_GENERATION = {"max_new_tokens": 64, "do_sample": False}
 
@@ -32,6 +37,8 @@ class _Speaker:
     generation: Mapping[str, Any]
     system_prompt: str | None = None
     seed: int = 0
+    line: "PreferenceLine | None" = None
+    """of a policy that is told the weights in `described`"""
 
     def answer(self, prompt: str) -> str:
         from emorl.evaluation.scoring import generate
@@ -39,6 +46,8 @@ class _Speaker:
         from emorl.policies.prompts import is_chat
 
         asked = as_prompt(prompt, is_chat(self.tokenizer), self.system_prompt)
+        if self.line is not None:
+            asked = self.line.put_into(asked, self.described["weights"])
         answered = generate(self.model, self.tokenizer, [asked], self.generation, seed=self.seed)
         return answered["completion"].iloc[0]
 
@@ -46,20 +55,23 @@ class _Speaker:
 @dataclass(frozen=True)
 class Wish:
     """What a user asks for: a preference by objective or weights by policy (neither: the best that was found), and settings of
-    decoding that replace the experiment's."""
+    decoding that replace the experiment's; of the `ensemble` even where a distilled adapter could answer."""
 
     prefer: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    ensemble: bool = False
 
 
 def check(directory: Path, wish: Wish) -> None:
     """Refuses what can be seen in the run directory, before any library is imported."""
     if wish.prefer and wish.weights:
         raise UserError("--prefer chooses the weights and --weights gives them; use one of both")
-    dynamic, policy = _dynamic_in(directory), _policy_in(directory)
+    dynamic, policy = _dynamic_in(directory), _policy_in(directory, wish)
     if dynamic is None and policy is None:
         _chosen(load_kept_experiment(directory), wish)
+    elif policy is not None and (told := _told(policy)) is not None:
+        _chosen_point(wish, *told)
     elif wish.prefer or wish.weights:
         option = "--prefer" if wish.prefer else "--weights"
         fixed = f"{policy} is one policy, without a front to choose from"
@@ -84,7 +96,7 @@ def generate_lines(
     check(directory, wish)
     if not prompts:
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
-    progress, dynamic, policy = progress or Silent(), _dynamic_in(directory), _policy_in(directory)
+    progress, dynamic, policy = progress or Silent(), _dynamic_in(directory), _policy_in(directory, wish)
     if dynamic is not None:
         progress.say(f"weights: chosen anew for every span by {dynamic}")
         yield from _dynamic_lines(dynamic, prompts, wish, as_json)
@@ -95,13 +107,39 @@ def generate_lines(
         yield json.dumps(line, ensure_ascii=False) if as_json else line["completion"]
 
 
-def _policy_in(directory: Path) -> Path | None:
-    """The one policy that is meant; None where there is a front."""
-    if any((directory / name).is_file() for name in (ADAPTER, "config.json")):
-        return directory
+def _policy_in(directory: Path, wish: Wish) -> Path | None:
+    """The one policy that is meant; None where a front of the ensemble is."""
+    is_policy = any((directory / name).is_file() for name in (ADAPTER, "config.json"))
     layout = Layout(directory)
+    if wish.ensemble and (is_policy or not layout.has_result("search")):
+        raise UserError(f"--ensemble: no search has finished in {directory}; give the output of the one that has searched")
+    if is_policy:
+        return directory
+    distilled = layout.distillation / POLICY
+    if not wish.ensemble and layout.has_result("distill") and _told(distilled) is not None:
+        return distilled
+    if not wish.ensemble and not layout.has_result("search") and (distilled / ADAPTER).is_file():
+        return distilled
     fused = layout.fusion / POLICY
     return fused if (fused / ADAPTER).is_file() and not layout.has_result("search") else None
+
+
+def _told(policy: Path) -> tuple[Point, list[Point]] | None:
+    """What a policy for the whole front is told by default, and the front that preferences choose from; None of any other
+    one."""
+    file = policy / POLICY_CARD
+    card = read_json(file) if file.is_file() else {}
+    if "front" not in card:
+        return None
+    points = [Point(**point) for point in card["front"]]
+    best = next((point for point in points if point.weights == card["weights"]), points[0])
+    return best, points
+
+
+def _has_gone_on(output: Path, front: Sequence[Point]) -> bool:
+    """Whether the search has another front than the one that was distilled."""
+    layout = Layout(output)
+    return layout.has_result("search") and list(read_result(SearchResult, layout.search).front) != list(front)
 
 
 def _dynamic_in(directory: Path) -> Path | None:
@@ -146,11 +184,15 @@ def _of_front(directory: Path, wish: Wish, progress: Progress) -> _Speaker:
 def _chosen(experiment: Experiment, wish: Wish) -> Mapping[str, Any]:
     """The weights that a user wishes, and what the search knows of them."""
     search = read_result(SearchResult, Layout(experiment.output).search)
+    return _chosen_point(wish, search.best, search.front)
+
+
+def _chosen_point(wish: Wish, best: Point, front: Sequence[Point]) -> Mapping[str, Any]:
     if wish.weights:
-        return {"weights": _given_weights(wish.weights, list(search.best.weights))}
+        return {"weights": _given_weights(wish.weights, list(best.weights))}
     from emorl.objectives.preference import choose
 
-    return choose([_described(point) for point in search.front], wish.prefer) if wish.prefer else _described(search.best)
+    return choose([_described(point) for point in front], wish.prefer) if wish.prefer else _described(best)
 
 
 def _given_weights(given: Mapping[str, float], policies: Sequence[str]) -> dict[str, float]:
@@ -173,11 +215,21 @@ def _described(point: Point) -> dict[str, Any]:
 def _of_policy(folder: Path, wish: Wish, progress: Progress) -> _Speaker:
     """With the base and the settings of the experiment in whose output it is; else its own base, and the defaults."""
     from emorl.policies.base import load_base
+    from emorl.policies.preference_line import PreferenceLine
 
     outputs = [above for above in folder.absolute().parents[1:3] if (above / EXPERIMENT).is_file()]
     experiment = load_kept_experiment(outputs[0]) if outputs else None
-    settings, described = _settings(experiment, wish), {"policy": str(folder)}
-    progress.say(f"weights: none, one policy answers: {folder}")
+    told, line = _told(folder), PreferenceLine.read(folder)
+    settings: dict[str, Any] = {**_settings(experiment, wish), "line": line}
+    described: dict[str, Any] = {"policy": str(folder)}
+    if told is None or line is None:
+        progress.say(f"weights: none, one policy answers: {folder}")
+    else:
+        weights = _chosen_point(wish, *told)["weights"]  # scores are the ensemble's
+        described["weights"] = weights
+        progress.say(f"told: {line.text(weights)}")
+        if outputs and _has_gone_on(outputs[0], told[1]):
+            progress.warn(f"the search in {outputs[0]} has gone on since; `emorl distill` makes the adapter anew")
     if not (folder / ADAPTER).is_file():
         base = load_base(BaseConfig(model=str(folder)))
         return _Speaker(base.model, base.tokenizer, described, **settings)
@@ -217,14 +269,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = "what matters to you, by objective, such as reflection=0.7,empathy=0.3"
     parser.add_argument("--prefer", default="", metavar=numbers, help=what)
     parser.add_argument("--weights", default="", metavar=numbers, help="instead: weights by policy, as they are")
+    what = "let the ensemble answer, also where an adapter was distilled for the whole front"
+    parser.add_argument("--ensemble", action="store_true", help=what)
 
 
 def command(options: argparse.Namespace) -> None:
     from emorl.objectives.preference import parse_numbers
 
-    wish = Wish(
-        parse_numbers("--prefer", options.prefer), parse_numbers("--weights", options.weights), _generation(options.overrides)
-    )
+    prefer, weights = parse_numbers("--prefer", options.prefer), parse_numbers("--weights", options.weights)
+    wish = Wish(prefer, weights, _generation(options.overrides), options.ensemble)
     check(options.directory, wish)  # before it waits for prompts
     prompts = options.prompt or _lines_of_standard_input()
     for line in generate_lines(options.directory, prompts, wish, Console(), as_json=options.json):

@@ -63,7 +63,7 @@ def perform(
     """Runs a stage of an experiment and returns its result: a finished one is only read, an interrupted one goes on.
 
     Args:
-        stage: or its name: train, search, evaluate, compare, fuse, dynamic. `train` returns one result for each policy.
+        stage: or its name: train (one result for each policy), search, evaluate, compare, fuse, dynamic, distill.
         materials: what stages before it have loaded.
 
     Raises:

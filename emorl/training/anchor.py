@@ -42,12 +42,12 @@ def kl_to_base(
     for start in range(0, len(prompts), _ROWS):
         rows = slice(start, start + _ROWS)
         inputs, counted = read(model, tokenizer, prompts[rows], completions[rows])
-        policy = _log_probabilities(model, inputs, counted)  # (N, V)
+        policy = log_probabilities(model, inputs, counted)  # (N, V)
         if base is None:
             with model.disable_adapter():
-                reference = _log_probabilities(model, inputs, counted)
+                reference = log_probabilities(model, inputs, counted)
         else:
-            reference = _log_probabilities(base, inputs, counted)
+            reference = log_probabilities(base, inputs, counted)
         total += float((policy.exp() * (policy - reference)).sum())
         tokens += len(policy)
     return total / tokens
@@ -61,14 +61,24 @@ def _completion_ids(tokenizer: PreTrainedTokenizerBase, completions: Sequence[st
 def _read_text(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], completions: Sequence[str]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A decoder's inputs, and which positions (B, T) predict a token of a completion."""
+    """As `rows_of_tokens`, of texts."""
     before = [encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
-    after = _completion_ids(tokenizer, completions)
+    return rows_of_tokens(before, _completion_ids(tokenizer, completions))
+
+
+def rows_of_tokens(
+    before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A decoder's inputs, and which positions (B, T) predict a token of a completion.
+
+    Args:
+        before, after: the tokens of each prompt and of its completion.
+    """
     length = max(len(one) + len(other) for one, other in zip(before, after, strict=True))
     ids = torch.zeros((len(before), length), dtype=torch.long)  # padded right: causal, so padding changes nothing
     counted = torch.zeros((len(before), length), dtype=torch.bool)  # position t predicts token t + 1
     for row, (one, other) in enumerate(zip(before, after, strict=True)):
-        ids[row, : len(one) + len(other)] = torch.tensor(one + other)
+        ids[row, : len(one) + len(other)] = torch.tensor([*one, *other])
         counted[row, len(one) - 1 : len(one) + len(other) - 1] = True
     return {"input_ids": ids}, counted
 
@@ -87,7 +97,7 @@ def _read_target(
     return {**encode(tokenizer, prompts), "decoder_input_ids": ids}, counted
 
 
-def _log_probabilities(model: Any, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
-    """Of the next token at the counted positions: (N, V)."""
-    logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits  # (B, T, V)
+def log_probabilities(model: Any, inputs: Mapping[str, torch.Tensor], counted: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Of the next token at the counted positions: (N, V). `options` go to the model's forward."""
+    logits = model(**{name: value.to(model.device) for name, value in inputs.items()}, **options).logits  # (B, T, V)
     return logits[counted.to(model.device)].float().log_softmax(-1)

@@ -161,20 +161,18 @@ class RewardCounter:
 
 
 class ProgressCallback(TrainerCallback):
-    """Moves a progress bar with the newest training reward (of logs: their mean; of pairs: the share in order) and validation
-    reward."""
+    """Moves a progress bar with what training has logged last, and the last validation."""
 
-    def __init__(self, bar: Bar, log: bool = False, of_pairs: bool = False) -> None:
-        self._bar = bar
-        self._key = "rewards/accuracies" if of_pairs else "reward"
-        self._name = "pairs in order" if of_pairs else "log reward" if log else "reward"
+    def __init__(self, bar: Bar, key: str, name: str, validated: str = "eval_reward") -> None:
+        """`key` is what the trainer logs, which the bar calls `name`; `validated` what a validation logs."""
+        self._bar, self._key, self._name, self._validated = bar, key, name, validated
         self._shown = 0
         self._validation = math.nan
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run goes on with what it has logged before."""
         self._shown = state.global_step
-        self._validation = (_validations(state, "eval_reward") or [math.nan])[-1]
+        self._validation = (_validations(state, self._validated) or [math.nan])[-1]
 
     def on_log(
         self,
@@ -184,7 +182,7 @@ class ProgressCallback(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        self._validation = (logs or {}).get("eval_reward", self._validation)
+        self._validation = (logs or {}).get(self._validated, self._validation)
         if logs and self._key in logs:
             note = f"{self._name} {logs[self._key]:.3f}  validation {self._validation:.3f}"
             self._bar.advance(state.global_step - self._shown, note)

@@ -49,15 +49,15 @@ def train_policy(
     config.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     title = f"train {plan.name}" + (f" ({turn[0]} of {turn[1]})" if turn[1] > 1 else "")
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    trainer.add_callback(KeepCallback({step: partial(save_policy, trainer, to, plan) for step, to in (keep or {}).items()}))
+    card = {"objective": plan.name, "method": plan.method}
+    trainer.add_callback(KeepCallback({step: partial(save_policy, trainer, to, card) for step, to in (keep or {}).items()}))
     with progress.bar(title, config.max_steps, done=done, following=turn[1] - turn[0]) as bar:
-        log = any(objective.scale.log for objective in trainer.validation.objectives)
-        trainer.add_callback(ProgressCallback(bar, log=log, of_pairs=pairs is not None))
+        trainer.add_callback(ProgressCallback(bar, *_shown(trainer)))
         trainer.train(resume_from_checkpoint=checkpoint)
     result = _outcome(trainer, plan, config)
     if PartialState().is_main_process:
-        save_policy(trainer, policy, plan)
-        _callback(trainer, CostCallback).flush()
+        save_policy(trainer, policy, card)
+        trainer_callback(trainer, CostCallback).flush()
     if result.collapsed:
         progress.warn(
             f"policy {plan.name} has collapsed: distinct completions {result.distinct_share:.2f}, "
@@ -67,12 +67,21 @@ def train_policy(
     return result
 
 
+def _shown(trainer: PolicyTrainer) -> tuple[str, str]:
+    """What the progress bar shows of the trainer's log: the mean reward, that of the logs, or the share of pairs in order."""
+    if isinstance(trainer, DPOPolicyTrainer):
+        return "rewards/accuracies", "pairs in order"
+    log = any(objective.scale.log for objective in trainer.validation.objectives)
+    return "reward", "log reward" if log else "reward"
+
+
 def _pairs(trainer: PolicyTrainer) -> int | None:
     """How many pairs it trains on; None where it samples."""
     return len(trainer.pairs.train) if isinstance(trainer, DPOPolicyTrainer) else None
 
 
-def _callback(trainer: PolicyTrainer, kind: type) -> Any:
+def trainer_callback(trainer: Any, kind: type) -> Any:
+    """The trainer's callback of a kind."""
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
 
 
@@ -82,7 +91,7 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
     best_step = trainer.state.best_global_step or trainer.state.global_step
     best = next((entry for entry in reversed(validations) if entry["step"] == best_step), validations[-1])
     first = validations[0]
-    collapse: CollapseCallback = _callback(trainer, CollapseCallback)
+    collapse: CollapseCallback = trainer_callback(trainer, CollapseCallback)
     objectives = trainer.validation.objectives
     return TrainingResult(
         objective=plan.name,
@@ -108,8 +117,13 @@ def _outcome(trainer: PolicyTrainer, plan: PolicyPlan, config: TrainerConfig) ->
     )
 
 
-def save_policy(trainer: PolicyTrainer, directory: Path, plan: PolicyPlan) -> None:
-    """Adapter (or the whole model, where all of it was tuned), tokenizer and `policy.json`, whole or not at all."""
+def save_policy(trainer: Any, directory: Path, card: Mapping[str, Any]) -> None:
+    """Adapter (or the whole model, where all of it was tuned), tokenizer and `policy.json`, whole or not at all.
+
+    Args:
+        trainer: of a policy; it knows its base's fingerprint.
+        card: what `policy.json` says beside the base.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer: Any = trainer.processing_class
     partial = directory.with_name(f".{directory.name}.partial")
@@ -118,11 +132,6 @@ def save_policy(trainer: PolicyTrainer, directory: Path, plan: PolicyPlan) -> No
     model.save_pretrained(partial, safe_serialization=True)
     tokenizer.save_pretrained(partial)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    described = {
-        "objective": plan.name,
-        "method": plan.method,
-        "base": base.name_or_path,
-        "base_fingerprint": trainer.base_fingerprint,
-    }
+    described = {**card, "base": base.name_or_path, "base_fingerprint": trainer.base_fingerprint}
     write_json(partial / POLICY_CARD, described)
     partial.rename(directory)

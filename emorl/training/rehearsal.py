@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from emorl.config import UserError
 from emorl.config.library import REFUSALS, refused
@@ -37,7 +37,7 @@ _ALONE = {
 """a rehearsal writes, shows and sends nothing"""
 
 
-def rehearse(config: GRPOConfig | SCSTConfig | DPOConfig, where: str) -> None:
+def rehearse(config: GRPOConfig | SCSTConfig | DPOConfig | DistillationConfig, where: str) -> None:
     """Takes one step with these settings; a distributed launch, vLLM and compiled models are not rehearsed.
 
     Args:
@@ -69,7 +69,7 @@ def check_reporters(config: TrainingArguments, where: str) -> None:
 class _Alone:
     """Settings that are compared by what they say, so that equal ones are rehearsed once."""
 
-    def __init__(self, config: GRPOConfig | SCSTConfig | DPOConfig) -> None:
+    def __init__(self, config: GRPOConfig | SCSTConfig | DPOConfig | DistillationConfig) -> None:
         self.config = copy.copy(config)
         for name, value in _ALONE.items():
             if hasattr(config, name):
@@ -118,6 +118,8 @@ def _trainer(kind: type[Any], config: Any) -> tuple[Any, dict[str, Any]]:
         pairs = {"prompt": prompts, "chosen": ["de"] * len(prompts), "rejected": ["fg"] * len(prompts)}
         return DPOTrainer, {"train_dataset": Dataset.from_dict(pairs)}
     data = Dataset.from_dict({"prompt": prompts})
+    if kind is DistillationConfig:
+        return DistillationTrainer, {"teacher_model": tiny_model(), "train_dataset": data}
     trainer = GRPOTrainer if kind is GRPOConfig else SCSTTrainer
     return trainer, {"reward_funcs": [_reward] * len(config.reward_weights or [1.0]), "train_dataset": data}
 

@@ -37,15 +37,19 @@ _SET_BY_EMORL = {
     "num_train_epochs": "{block}.max_steps",
     "seed": "seed",
     "load_best_model_at_end": "nothing: the best checkpoint is always kept",
-    "metric_for_best_model": "nothing: validation reward of checkpoints that have not collapsed",
-    "greater_is_better": "nothing: rewards are maximised",
+    "metric_for_best_model": "nothing: emorl's own validation chooses",
+    "greater_is_better": "nothing: emorl's own validation chooses",
     "eval_strategy": "{block}.eval_steps",
-    "save_strategy": "{block}.save_steps",
+    "save_strategy": "{block}.eval_steps",
+    "save_steps": "{block}.eval_steps: every validation leaves a checkpoint, so that the best one is there",
     "reward_weights": "train.mode and train.preferences",
     "multi_objective_aggregation": "train.mode",
     "model_init_kwargs": "base",
     "chat_template_kwargs": "data.chat_template_kwargs",
 }
+
+_MOST_STEPS = {"train.dpo": STEPS, "distill.trainer": 200}
+"""where it is not 400"""
 
 TrainerConfig = GRPOConfig | SCSTConfig | DPOConfig
 
@@ -81,21 +85,10 @@ def trainer_config(
     """
     name, block = training_block(train, plan.method)
     kind, _ = _TRAINERS[plan.method]
-    for key in block:
-        if key in _SET_BY_EMORL:
-            raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
+    refuse_ours(block, name)
     steps, eval_steps = training_steps(name, block)
-    defaults = _defaults(dtype_of(base), steps, eval_steps)
-    fixed = {
-        "output_dir": str(output),
-        "seed": seed,
-        "eval_steps": eval_steps,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_selection",
-        "greater_is_better": True,
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-    }
+    defaults = shared_defaults(dtype_of(base), steps, eval_steps)
+    fixed = shared_settings(output, seed, eval_steps)
     if kind is DPOConfig:
         defaults |= dpo_defaults()
     else:
@@ -131,14 +124,17 @@ def training_block(train: TrainConfig, method: Method) -> tuple[str, Mapping[str
     return f"train.{method}", getattr(train, method)
 
 
-def training_steps(name: str, block: Mapping[str, Any]) -> tuple[int, int]:
+def training_steps(name: str, block: Mapping[str, Any], every: int = 8) -> tuple[int, int]:
     """Most steps, and steps between two validations.
+
+    Args:
+        every: steps between two validations where the block does not say (paper: 8).
 
     Raises:
         UserError: no whole numbers.
     """
-    most = STEPS if name == "train.dpo" else 400
-    steps, eval_steps = block.get("max_steps", most), block.get("eval_steps", 8)  # paper: validation every 8 steps
+    most = _MOST_STEPS.get(name, 400)
+    steps, eval_steps = block.get("max_steps", most), block.get("eval_steps", every)
     for key, value in (("max_steps", steps), ("eval_steps", eval_steps)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}.{key}: expected a whole number of at least 1, got {value!r:.60}")
@@ -150,13 +146,39 @@ def default_beta(method: Method) -> float:
     return DPO_BETA if method == "dpo" else BETA
 
 
-def _defaults(dtype: torch.dtype, steps: int, eval_steps: int) -> dict[str, Any]:
+def refuse_ours(block: Mapping[str, Any], name: str) -> None:
+    """Refuses settings of a trainer's block that emorl sets itself."""
+    for key in block:
+        if key in _SET_BY_EMORL:
+            raise UserError(f"{name}.{key} is set by emorl; use {_SET_BY_EMORL[key].format(block=name)}")
+
+
+def shared_settings(output: Path, seed: int, eval_steps: int) -> dict[str, Any]:
+    """What no trainer's block can change.
+
+    Args:
+        output: where checkpoints go.
+    """
+    return {
+        "output_dir": str(output),
+        "seed": seed,
+        "eval_steps": eval_steps,
+        "save_steps": eval_steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_selection",
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+    }
+
+
+def shared_defaults(dtype: torch.dtype, steps: int, eval_steps: int) -> dict[str, Any]:
+    """What every trainer's block leaves out."""
     return {
         "learning_rate": 1e-4,  # paper
         "lr_scheduler_type": "constant",  # paper
         "max_grad_norm": 2.0,  # paper
         "max_steps": steps,
-        "save_steps": eval_steps,
         "save_total_limit": 2,
         "logging_steps": 1,
         "eval_on_start": True,

@@ -11,7 +11,17 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-KILLS = {"train": 10, "offline": 7, "search": 8, "fuse": 7, "dynamic": 7, "train-reward": 7, "refresh-reward": 6, "compare": 5}
+KILLS = {
+    "train": 10,
+    "offline": 7,
+    "search": 8,
+    "fuse": 7,
+    "dynamic": 7,
+    "train-reward": 7,
+    "refresh-reward": 6,
+    "compare": 5,
+    "distill": 7,
+}
 SPENT = ("prompts", "completions", "tokens", "reward_calls")
 REWARDS = """\
 def vowels(completions, **columns):
@@ -47,6 +57,7 @@ def place(tmp_path_factory, tiny_base_dir, save_word_encoder, command):
         "evaluate": {"attacks": False},
         "fuse": {"proposer": "settings_descent", "trials": 12, "methods": ["slerp"], "scales": [1.0]},
         "dynamic": {"agents": ["ppo"], "ppo": {"updates": 4}},
+        "distill": {"weights": {"vowels": 2, "digits": 1}, "trainer": {**dpo, "max_steps": 8}},
         "compare": {"methods": ["ensemble", "uniform"], "seeds": [0], "bootstrap": 100},
     }  # fmt: skip
     (folder / "experiment.yaml").write_text(yaml.safe_dump({**experiment, "output": "run"}))
@@ -91,7 +102,9 @@ def left_by(folder: Path):
             left[name] = table.sort_values(list(table.columns), ignore_index=True).to_json()
         elif file.name == "result.json":
             result = json.loads(file.read_text())
-            left[name] = {key: result.get(key) for key in ("best", "scores", "test", "figures", "best_step", "reward", "value")}
+            left[name] = {
+                key: result.get(key) for key in ("best", "scores", "test", "figures", "best_step", "reward", "value", "kept")
+            }
         elif file.name == "cost.json":
             left[name] = json.loads(file.read_text())
     return left

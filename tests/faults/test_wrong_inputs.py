@@ -66,6 +66,11 @@ def place(tmp_path_factory, tiny_base_dir, command):
     return folder
 
 
+def setting_of(block, setting):
+    """A setting of a block, or the whole of it."""
+    return f"{block}={setting}" if setting.startswith("{") else f"{block}.{setting}"
+
+
 def cases():
     experiment = ["run", "EXP", "output=OUT"]
     for key, values in wrong.NUMBERS.items():
@@ -78,6 +83,7 @@ def cases():
     yield from (
         (["train", "EXP", "output=OUT", f"objectives={{x: {function}}}"], words) for function, words in wrong.OBJECTIVES
     )
+    yield from ((["distill", "EXP", setting_of("distill", setting)], words) for setting, words in wrong.DISTILL)
     yield from wrong.COMMANDS
     yield from (([name, file], words) for file, (_, words) in wrong.FILES.items() for name in ("run", "fuse"))
 

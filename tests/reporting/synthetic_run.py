@@ -15,6 +15,7 @@ from emorl.evaluation.systems import hypervolumes, summary_table
 from emorl.runs.results import (
     BASE,
     BEST,
+    DistillationResult,
     DynamicResult,
     DynamicSystem,
     EvaluationResult,
@@ -24,9 +25,11 @@ from emorl.runs.results import (
     Kind,
     MethodsResult,
     Point,
+    Retention,
     SearchResult,
     Spread,
     System,
+    TradeOff,
     TrainingResult,
     as_json,
     write_result,
@@ -234,5 +237,15 @@ def _write_dynamic(output: Path) -> None:
     write_result(output / "dynamic" / "comparison", DynamicResult([system], "ppo", fixed, OBJECTIVES, 6, 3, "cpu", 1))
 
 
-OTHERS = {"compare": _write_methods, "fuse": _write_fusion, "dynamic": _write_dynamic}
+def _write_distillation(output: Path) -> None:
+    """One trade-off; the value differs, one score does not."""
+    figures = {"ensemble": 0.5, "soup": 0.25, "distilled": 0.45}
+    scores = {system: dict.fromkeys(OBJECTIVES, value) for system, value in figures.items()}
+    one = TradeOff("<b>best found", {"reflection": 1.0}, False, scores, figures, figures, figures, figures)
+    kept = {"value": Retention(0.25, 0.2, 0.3, 0.8, 0.7, 0.9), "score empathy": Retention(0.01, -0.1, 0.1, None, None, None)}
+    write_result(output / "distill", DistillationResult(False, "soup", 0.99, 3, 2, 4, 0.2, 0.1, [one], kept))
+    write_json(output / "distill" / "cost.json", {"prompts": 8})
+
+
+OTHERS = {"compare": _write_methods, "fuse": _write_fusion, "dynamic": _write_dynamic, "distill": _write_distillation}
 """stages beside those of `write_run`, each written into an output"""

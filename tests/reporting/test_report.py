@@ -230,6 +230,7 @@ SHOWN = {
     "compare": '<h2 id="methods">',
     "fuse": "<h2>The policies fused into one</h2>",
     "dynamic": '<h2 id="dynamic">',
+    "distill": '<h2 id="distilled">',
 }
 
 
@@ -267,6 +268,13 @@ def test_methods_and_dynamic_ensembles_are_shown(run_of_all):
     assert "<td>&lt;b&gt;gdpo</td><td>+0.125 [-0.100, +0.300], 90%</td>" in html
     assert "<td>RLAE-PPO</td><td>8</td><td>0.500 ± 0.100</td>" in html
     assert "<td>ensemble</td>" in html
+
+
+def test_what_an_adapter_keeps_is_shown(run_of_all):
+    html = write_report(run_of_all).read_text(encoding="utf-8")
+    assert "<td>value</td><td>+0.25 (+0.2 to +0.3)</td><td>80% (70% to 90%)</td>" in html
+    assert "<td>score empathy</td><td>+0.01 (-0.1 to +0.1)</td><td>– (ensemble and soup do not differ here)</td>" in html
+    assert "&lt;b&gt;best found: reflection 1.00" in html
 
 
 def test_a_fusion_search_in_the_same_output_is_shown(run_of_all, page):

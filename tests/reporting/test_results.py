@@ -46,7 +46,7 @@ def test_every_stage_gives_its_frames(copy):
     for write in OTHERS.values():
         write(copy)
     results = load_run(copy)
-    assert (results.missing, len(results.ran)) == ([], 6)
+    assert (results.missing, len(results.ran)) == ([], 7)
     frames = (results.trials, results.summary, results.completions, results.fusion_trials, results.points, results.seeds)
     assert [len(frame) > 0 for frame in frames] == [True] * 6
     assert results.dynamic.systems[0].span == 8
@@ -57,8 +57,13 @@ def test_every_stage_gives_its_frames(copy):
 @pytest.mark.parametrize(
     ("setting", "replaced", "missing"),
     [
-        ("", "", ["compare", "fuse", "dynamic"]),
-        ("policies: null", "policies: {run}", ["fuse", "dynamic"]),  # policies of another experiment: no training here
+        ("", "", ["compare", "fuse", "dynamic", "distill"]),
+        ("aggregate: hidden_states", "aggregate: parameters", ["compare", "fuse", "dynamic"]),  # one adapter already
+        (
+            "policies: null",
+            "policies: {run}",
+            ["fuse", "dynamic", "distill"],
+        ),  # policies of another experiment: no training here
         ("mode: ensemble", "mode: gdpo", ["train"]),  # one policy has no weights
     ],
 )

@@ -189,7 +189,7 @@ def test_killed_training_resumes_from_its_checkpoint_to_the_same_policy(experime
         ({"learning_rat": 1.0}, "unknown key 'train.grpo.learning_rat'.*did you mean 'learning_rate'"),
         ({"seed": 3}, "train.grpo.seed is set by emorl; use seed"),
         ({"num_generations": 7}, "train.grpo: .*num_generations"),
-        ({"save_steps": 3}, "train.grpo: .*multiple"),
+        ({"save_steps": 3}, "train.grpo.save_steps is set by emorl; use train.grpo.eval_steps"),
     ],
 )
 def test_a_wrong_training_setting_is_refused_before_a_model_loads(experiment, grpo, message):
