@@ -83,7 +83,7 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]
     rows = [json.loads(line)["prompt"] for line in options.prompts.read_text(encoding="utf-8").splitlines()]
     _write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in rows])
     grpo = {"per_device_train_batch_size": options.rows, "num_generations": options.generations, "learning_rate": 1e-4,
-            "beta": 0.05, "max_steps": options.steps, "save_steps": options.eval_steps}  # fmt: skip
+            "beta": 0.05, "max_steps": options.steps}  # fmt: skip
     experiment = {
         "output": str(folder / "emorl"), "seed": options.seed, "base": {"model": base, "dtype": options.dtype},
         "data": {"path": str(folder / "prompts.jsonl"), "validation": options.validation, "test": TEST},

@@ -1,12 +1,14 @@
 """The RLAE recipe: its specialists' problems, the questions it makes of the hub's, and its command for a few steps."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from recipes.rlae import distill
 from recipes.rlae.questions import gsm8k, mbpp, mmlu
-from recipes.rlae.specialists import problem, problems, repeated, tokenizer
+from recipes.rlae.specialists import OPERATIONS, problem, problems, repeated, tokenizer
 
 
 def test_a_problem_asks_for_three_operations_and_knows_their_answers() -> None:
@@ -45,3 +47,16 @@ def test_the_recipe_runs_for_two_steps(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| best fixed weights |" in capsys.readouterr().out
     systems = pd.read_csv(tmp_path / "systems.csv")
     assert set(systems[systems["name"] == "RLAE-PPO"]["trained at"]) == {5, 15}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_specialists_are_distilled_into_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--seeds", "0", "--ranks", "8", "--steps", "2", "--specialist-steps", "2", "--output", str(tmp_path)]
+    for _ in range(2):  # the second time, the student is there
+        distill.main(short)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert found[0] == found[1]
+    assert found[0]["answers"] == 2 * 48
+    assert {operation for _, _, operation in distill.problems(9, 0)} == set(OPERATIONS)
+    weights = distill.routed(distill.problems(9, 0)).weights
+    assert weights.sum(1).tolist() == weights.max(1).values.tolist() == [1.0] * 9
