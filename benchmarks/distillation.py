@@ -42,10 +42,11 @@ from emorl.runs.results import DistillationResult, Retention, TradeOff
 from emorl.runs.run import open_run, read_cost
 from emorl.stages.materials import Materials
 from emorl.stages.stage import perform
-from emorl.training.distillation import Lesson, distill, distillation_config, rows_per_step
+from emorl.training.distillation import Lesson, distill, distillation_config
 from emorl.training.lora import lora_config
 from emorl.training.questions import Questions, repeated
 from emorl.training.retained import Compared, retentions, summarized
+from emorl.training.trainers import prompts_per_step
 
 ROUTED = "routed"
 _SYSTEMS = (ENSEMBLE, SOUP, DISTILLED, ROUTED)
@@ -60,7 +61,7 @@ def routed_student(materials: Materials, one: TradeOff, output: Path) -> Path:
     config = distillation_config(
         experiment.distill.trainer, experiment.base, experiment.generation, experiment.seed, output / CHECKPOINTS
     )
-    prompts = repeated(list(splits.train["prompt"]), config.max_steps * rows_per_step(config), experiment.seed)
+    prompts = repeated(list(splits.train["prompt"]), config.max_steps * prompts_per_step(config), experiment.seed)
     names, validation = experiment.policy_names, list(splits.validation["prompt"])
     shares = np.array([one.weights[name] for name in names])
     drawn = np.random.default_rng(experiment.seed).choice(len(names), size=len(prompts), p=shares / shares.sum())

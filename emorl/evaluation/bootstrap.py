@@ -39,9 +39,13 @@ def resampled(
     first = next(iter(offers.values()))
     seeds, prompts = len(first), first[0].scores.shape[1]
     rng = np.random.default_rng(seed)
-    of_seeds = np.vstack([np.ones(seeds), rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)]) / seeds  # (R+1, S)
-    of_prompts = np.vstack([np.ones(prompts), rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples)]) / prompts
+    of_seeds, of_prompts = drawn_shares(rng, seeds, resamples), drawn_shares(rng, prompts, resamples)
     return {method: _statistics(of_method, of_seeds, of_prompts, reference) for method, of_method in offers.items()}
+
+
+def drawn_shares(rng: np.random.Generator, count: int, resamples: int) -> Scores:
+    """How much each of `count` things weighs, (R + 1, count): all alike, then as drawn in each resample."""
+    return np.vstack([np.ones(count), rng.multinomial(count, np.full(count, 1 / count), resamples)]) / count
 
 
 def _statistics(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from emorl.evaluation.bootstrap import drawn_shares
 from emorl.runs.results import Retention
 
 ENSEMBLE, SOUP, DISTILLED = "ensemble", "soup", "distilled"
@@ -30,7 +31,7 @@ def kept_value(scores: Mapping[str, Table], importance: Sequence[float], resampl
     known = ~np.isnan(np.array([values[name] for name in SYSTEMS])).any(0)
     if not known.any():
         return Retention(math.nan, math.nan, math.nan, None, None, None)
-    drawn = _drawn(int(known.sum()), resamples, seed)  # (R + 1, P)
+    drawn = drawn_shares(np.random.default_rng(seed), int(known.sum()), resamples)  # (R + 1, P)
     ensemble, soup, distilled = (drawn @ values[name][known] for name in SYSTEMS)
     return _retention(ensemble - soup, distilled - soup)
 
@@ -41,7 +42,7 @@ def kept_divergence(soup: Table, distilled: Table, resamples: int, seed: int) ->
     Args:
         soup, distilled: nats from the ensemble and tokens of each prompt, (P, 2).
     """
-    drawn = _drawn(len(soup), resamples, seed)
+    drawn = drawn_shares(np.random.default_rng(seed), len(soup), resamples)
     soups, students = (_per_token(drawn, table) for table in (soup, distilled))
     return _retention(soups, soups - students)
 
@@ -50,12 +51,6 @@ def _per_token(drawn: Table, table: Table) -> Table:
     """Nats per token (R + 1,) of nats and tokens (P, 2), under weights of the prompts (R + 1, P)."""
     nats, tokens = (drawn @ table).T
     return nats / tokens
-
-
-def _drawn(prompts: int, resamples: int, seed: int) -> Table:
-    """Weights of the prompts: equal ones, then those of each resample, (R + 1, P)."""
-    rng = np.random.default_rng(seed)
-    return np.vstack([np.ones(prompts), rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples)]) / prompts
 
 
 def _retention(gain: Table, kept: Table) -> Retention:

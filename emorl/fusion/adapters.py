@@ -89,17 +89,20 @@ def fuse_adapters(
     return output
 
 
-def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], ranks: Mapping[str, int]) -> dict[str, LowRank]:
+def weighted_sum(
+    adapters: Sequence[Adapter], weights: Sequence[float], ranks: Mapping[str, int] | None = None
+) -> dict[str, LowRank]:
     """Module -> factors of the weighted sum of the adapters' deltas: exact where it has no more than the module's rank, else
     the best approximation of that rank. A module that no weight reaches is left out.
 
     Args:
         weights: one for each adapter; they may sum to anything.
-        ranks: of the modules that are wanted; others are left out.
+        ranks: of the modules that are wanted; others are left out. By default all are exact.
     """
-    summed = {name: _summed(_module_factors(name, adapters), weights) for name in _module_names(adapters) if name in ranks}
+    wanted = [name for name in _module_names(adapters) if ranks is None or name in ranks]
+    summed = {name: _summed(_module_factors(name, adapters), weights) for name in wanted}
     return {
-        name: LowRank(*pair) if pair[0].shape[1] <= ranks[name] else compress(*pair, rank=ranks[name])
+        name: LowRank(*pair) if ranks is None or pair[0].shape[1] <= ranks[name] else compress(*pair, rank=ranks[name])
         for name, pair in summed.items()
         if pair is not None
     }

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emorl.config import UserError
 from emorl.config.distill import NUMBERS, WORDS
-from emorl.policies.prompts import encode, is_chat
+from emorl.policies.prompts import is_chat, token_ids
 from emorl.runs.layout import POLICY_CARD
 from emorl.runs.run import read_json
 
@@ -115,7 +115,7 @@ def _takes_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether what a system turn says reaches the model: a template may refuse such turns, or leave them out."""
     asked = [[{"role": "system", "content": text}, {"role": "user", "content": "b"}] for text in ("a", "c")]
     try:
-        one, other = (encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in asked)
+        one, other = (token_ids(tokenizer, prompt) for prompt in asked)
     except UserError:
         return False
     return one != other

@@ -92,6 +92,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchE
     return tokenizer.pad(rows, return_tensors="pt")
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """One prompt as `encode` makes it, without padding; its errors."""
+    return encode(tokenizer, [prompt])["input_ids"][0].tolist()
+
+
 def _refused(prompts: Sequence[Any], error: Exception) -> str:
     roles = list(dict.fromkeys(turn["role"] for prompt in prompts for turn in prompt))
     remedy = "leave data.system_prompt out, or write it into the prompts" if "system" in roles else "look at the prompts' turns"

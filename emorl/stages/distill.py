@@ -200,8 +200,9 @@ def _distilled(
     if (run.path / _OUTCOME).exists() and (run.path / POLICY).exists():
         return read_json(run.path / _OUTCOME)
     from emorl.training.allocator import keep_freed_memory
-    from emorl.training.distillation import Lesson, distill, distillation_config, rows_per_step
+    from emorl.training.distillation import Lesson, distill, distillation_config
     from emorl.training.lora import lora_config
+    from emorl.training.trainers import prompts_per_step
 
     experiment = materials.experiment
     if run.is_main:
@@ -212,7 +213,7 @@ def _distilled(
         keep_freed_memory()
     lora = lora_config(experiment.train, base)
     assert lora is not None, "an ensemble is made of adapters"
-    questions = _questions(materials, asked, line, config.max_steps * rows_per_step(config), config.max_completion_length)
+    questions = _questions(materials, asked, line, config.max_steps * prompts_per_step(config), config.max_completion_length)
     start, with_base = _start_weights(experiment, asked), experiment.ensemble.include_base
     lesson = Lesson(materials.base, materials.policies, *questions, start, with_base, experiment.evaluate.batch)
     outcome = asdict(distill(lesson, lora, config, generation, run, progress, _card(experiment, asked, line)))

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from emorl.policies.prompts import encode
+from emorl.policies.prompts import encode, token_ids
 
 _ROWS = 4  # texts in one forward pass: two sets of logits over a large vocabulary are kept
 
@@ -62,7 +62,7 @@ def _read_text(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], completions: Sequence[str]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """As `rows_of_tokens`, of texts."""
-    before = [encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
+    before = [token_ids(tokenizer, prompt) for prompt in prompts]
     return rows_of_tokens(before, _completion_ids(tokenizer, completions))
 
 

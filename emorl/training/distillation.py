@@ -31,12 +31,11 @@ from emorl.policies.prompts import encode
 from emorl.runs.layout import CHECKPOINTS, POLICY
 from emorl.runs.progress import Progress
 from emorl.runs.run import Cost, Run
-from emorl.training.callbacks import CostCallback, ProgressCallback
-from emorl.training.checkpoints import last_complete_checkpoint
-from emorl.training.policy import save_policy, trainer_callback
+from emorl.training.callbacks import CostCallback
+from emorl.training.policy import go_on, save_policy, trainer_callback
 from emorl.training.questions import Questions, TeacherTexts, divergences, teacher_texts
 from emorl.training.student import begin_as_soup, make_student
-from emorl.training.trainers import refuse_ours, shared_defaults, shared_settings, training_steps
+from emorl.training.trainers import made, prompts_per_step, refuse_ours, shared_defaults, shared_settings, training_steps
 
 BLOCK = "distill.trainer"
 DIVERGENCE = "eval_divergence"
@@ -197,13 +196,9 @@ def distill(
     kept = begin_as_soup(student, list(lesson.policies.values()), lesson.start)
     begun = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(student).items()}
     trainer = build_trainer(lesson, student, config, generation, run)
-    progress.say(f"distill: at most {config.max_steps} steps of {rows_per_step(config)} answers")
-    checkpoint = last_complete_checkpoint(run.path / CHECKPOINTS)
-    trainer.args.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
-    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    with progress.bar("distill", config.max_steps, done=done) as bar:
-        trainer.add_callback(ProgressCallback(bar, "loss", "loss", DIVERGENCE))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    answers = prompts_per_step(config)  # one to each
+    progress.say(f"distill: at most {config.max_steps} steps of {answers} answers")
+    go_on(trainer, run.path / CHECKPOINTS, progress, "distill", "loss", "loss", DIVERGENCE)
     validated = {int(entry["step"]): entry[DIVERGENCE] for entry in trainer.state.log_history if DIVERGENCE in entry}
     best = min(validated, key=lambda step: (validated[step], step))
     if best == 0:  # the start is no checkpoint of the trainer's
@@ -212,8 +207,8 @@ def distill(
         save_policy(trainer, run.path / POLICY, card)
         trainer_callback(trainer, CostCallback).flush()
     PartialState().wait_for_everyone()
-    steps, rows, log = trainer.state.global_step, rows_per_step(config), trainer.state.log_history
-    return Distilled(steps, best, rows, kept, validated[0], validated[best], log)
+    steps, log = trainer.state.global_step, trainer.state.log_history
+    return Distilled(steps, best, answers, kept, validated[0], validated[best], log)
 
 
 def build_trainer(
@@ -226,16 +221,6 @@ def build_trainer(
     options = {"model": student, "args": config, "processing_class": tokenizer, "callbacks": [cost], "train_dataset": data}
     options |= {"eval_dataset": data.select([0])}  # ours validates by texts
     fingerprint, view = base_fingerprint(lesson.base.model), EnsembleTeacher(ensemble)
-    try:
-        trainer = EnsembleDistillation(teacher=view, texts=texts, cost=cost, fingerprint=fingerprint, **options)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{BLOCK}: {' '.join(str(error).split())}") from None
+    trainer = made(EnsembleDistillation, BLOCK, teacher=view, texts=texts, cost=cost, fingerprint=fingerprint, **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def rows_per_step(config: DistillationConfig) -> int:
-    """Answers of the student per optimiser step, over all processes."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size

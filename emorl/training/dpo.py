@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from emorl.config import UserError
-from emorl.policies.prompts import encode
+from emorl.policies.prompts import token_ids
 from emorl.training.pairs import at_most
 from emorl.training.validation import PAIR_ACCURACY, ValidatedPolicy
 
@@ -90,7 +90,7 @@ def as_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], pairs:
         prompts: the training prompts, which `prompt_index` counts.
         pairs: from `sampled_pairs`.
     """
-    asked = {index: encode(tokenizer, [prompts[index]])["input_ids"][0].tolist() for index in set(pairs["prompt_index"])}
+    asked = {index: token_ids(tokenizer, prompts[index]) for index in set(pairs["prompt_index"])}
     return Dataset.from_dict(
         {
             "prompt_ids": [asked[index] for index in pairs["prompt_index"]],

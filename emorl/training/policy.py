@@ -45,15 +45,10 @@ def train_policy(
     default = default_beta(plan.method)
     if config.beta == 0:
         progress.warn(f"train.{plan.method}.beta is 0: nothing holds policy {plan.name} near the base (default {default})")
-    checkpoint = last_complete_checkpoint(checkpoints)
-    config.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
     title = f"train {plan.name}" + (f" ({turn[0]} of {turn[1]})" if turn[1] > 1 else "")
-    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     card = {"objective": plan.name, "method": plan.method}
     trainer.add_callback(KeepCallback({step: partial(save_policy, trainer, to, card) for step, to in (keep or {}).items()}))
-    with progress.bar(title, config.max_steps, done=done, following=turn[1] - turn[0]) as bar:
-        trainer.add_callback(ProgressCallback(bar, *_shown(trainer)))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    go_on(trainer, checkpoints, progress, title, *_shown(trainer), following=turn[1] - turn[0])
     result = _outcome(trainer, plan, config)
     if PartialState().is_main_process:
         save_policy(trainer, policy, card)
@@ -65,6 +60,21 @@ def train_policy(
         )
     PartialState().wait_for_everyone()
     return result
+
+
+def go_on(trainer: Any, checkpoints: Path, progress: Progress, title: str, *shown: str, following: int = 0) -> None:
+    """Trains from the last complete checkpoint to the end, behind a progress bar.
+
+    Args:
+        shown: what the bar shows, as `ProgressCallback` takes it.
+        following: trainings that come after this one.
+    """
+    checkpoint = last_complete_checkpoint(checkpoints)
+    trainer.args.eval_on_start = checkpoint is None  # the log of a resumed run has that validation already
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    with progress.bar(title, trainer.args.max_steps, done=done, following=following) as bar:
+        trainer.add_callback(ProgressCallback(bar, *shown))
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _shown(trainer: PolicyTrainer) -> tuple[str, str]:

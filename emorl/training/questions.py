@@ -18,7 +18,7 @@ from emorl.aggregation.ensemble import HiddenStateEnsemble
 from emorl.evaluation.scoring import generated_ids
 from emorl.policies.generation import end_tokens
 from emorl.policies.preference_line import PreferenceLine
-from emorl.policies.prompts import encode
+from emorl.policies.prompts import token_ids
 from emorl.training.anchor import log_probabilities, rows_of_tokens
 
 _ROWS = 4  # texts in one forward: two sets of logits over a large vocabulary are kept
@@ -87,7 +87,7 @@ def teacher_texts(
             rows = slice(start, start + batch)
             ids = generated_ids(ensemble, tokenizer, asked.teacher[rows], generation, {"weights": asked.weights[rows]})
             answers += [_written(row, ends, tokenizer.pad_token_id) for row in ids.tolist()]
-    teacher, student = ([_tokens(tokenizer, prompt) for prompt in prompts] for prompts in (asked.teacher, asked.student))
+    teacher, student = ([token_ids(tokenizer, prompt) for prompt in prompts] for prompts in (asked.teacher, asked.student))
     return TeacherTexts(teacher, student, answers, asked.weights)
 
 
@@ -98,10 +98,6 @@ def _written(row: Sequence[int], ends: Collection[int], pad: Any) -> list[int]:
         return list(row[: end + 1])
     length = next((place + 1 for place in reversed(range(len(row))) if row[place] != pad), 1)
     return list(row[:length])
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    return encode(tokenizer, [prompt])["input_ids"][0].tolist()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from emorl.fusion.adapters import weighted_sum
-from emorl.fusion.low_rank import factor_gram
+from emorl.fusion.low_rank import LowRank, factor_gram
 from emorl.policies.adapters import Adapter
 from emorl.policies.placement import check_in_memory, shared_with_copies
 
@@ -45,18 +45,16 @@ def begin_as_soup(student: PeftModel, adapters: Sequence[Adapter], weights: Sequ
     """
     layers = {name.removeprefix(_PREFIX): one for name, one in student.named_modules() if isinstance(one, LoraLayer)}
     fused = weighted_sum(adapters, weights, {name: layer.r[_ADAPTER] for name, layer in layers.items()})
-    kept = 0.0
     for name, factors in fused.items():
         a: Any = layers[name].lora_A[_ADAPTER].weight  # (r, in), as PEFT stores it
         b: Any = layers[name].lora_B[_ADAPTER].weight  # (out, r)
         rank = factors.a.shape[1]
         a[:rank] = factors.a.T.to(a)
         b[:, :rank] = factors.b.T.to(b) / layers[name].scaling[_ADAPTER]
-        kept += float(factor_gram([(factors.a, factors.b)]))
-    return kept / whole if (whole := _energy(adapters, weights)) > 0 else 1.0
+    whole = _energy(weighted_sum(adapters, weights))
+    return _energy(fused) / whole if whole > 0 else 1.0
 
 
-def _energy(adapters: Sequence[Adapter], weights: Sequence[float]) -> float:
-    """Squared Frobenius norm of the weighted sum, over all modules."""
-    everything: Mapping[str, int] = {name: 2**30 for adapter in adapters for name in adapter.factors}
-    return sum(float(factor_gram([(one.a, one.b)])) for one in weighted_sum(adapters, weights, everything).values())
+def _energy(modules: Mapping[str, LowRank]) -> float:
+    """Squared Frobenius norm of all of them."""
+    return sum(float(factor_gram([(one.a, one.b)])) for one in modules.values())

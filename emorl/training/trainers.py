@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback
-from trl import DPOConfig, GRPOConfig, GRPOTrainer
+from trl import DistillationConfig, DPOConfig, GRPOConfig, GRPOTrainer
 
 from emorl.config import UserError
 from emorl.config.experiment import BaseConfig
@@ -194,7 +194,7 @@ def shared_defaults(dtype: torch.dtype, steps: int, eval_steps: int) -> dict[str
     }
 
 
-def prompts_per_step(config: TrainerConfig) -> int:
+def prompts_per_step(config: TrainerConfig | DistillationConfig) -> int:
     """Training prompts drawn per optimiser step, over all processes; of pairs, how many are read."""
     rows: int = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return rows // (config.num_generations or 1) if isinstance(config, GRPOConfig) else rows
@@ -231,8 +231,9 @@ def build_trainer(
     converges = ConvergenceCallback(train.convergence.window, train.convergence.threshold)
     read = _sampled(base, splits, objectives, cost) if pairs is None else {"pairs": pairs}
     _, kind = _TRAINERS[plan.method]
-    trainer = _made(
+    trainer: PolicyTrainer = made(
         kind,
+        "train",
         validation=Validation(objectives, plan.reward_weights, generation, splits.validation),
         fingerprint=base_fingerprint(base.model),
         model=base.model,
@@ -250,13 +251,21 @@ def build_trainer(
     return trainer
 
 
-def _made(kind: Any, **options: Any) -> PolicyTrainer:
+def made(kind: Any, where: str, **options: Any) -> Any:
+    """A trainer of a kind.
+
+    Args:
+        where: the settings' block, for the message.
+
+    Raises:
+        UserError: settings that TRL refuses.
+    """
     try:
         return kind(**options)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"train: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _sampled(base: Base, splits: Splits, objectives: Sequence[Objective], cost: CostCallback) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from emorl.policies.adapters import Adapter, read_adapter
 from emorl.policies.base import Base, load_base
 from emorl.runs.console import Console
 from emorl.runs.run import open_run, read_cost
-from emorl.training.distillation import Lesson, distill, distillation_config, rows_per_step
+from emorl.training.distillation import Lesson, distill, distillation_config
 from emorl.training.questions import Questions
+from emorl.training.trainers import prompts_per_step
 from recipes.rlae.specialists import OPERATIONS, make, problem
 
 GENERATION = {"max_new_tokens": 15, "do_sample": False}
@@ -60,7 +61,7 @@ def distilled(
         return folder
     config = distillation_config(block, BaseConfig(model=base.model.name_or_path), GENERATION, seed, output / "checkpoints")
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    training = routed(problems(config.max_steps * rows_per_step(config), 1000 * seed + 10))
+    training = routed(problems(config.max_steps * prompts_per_step(config), 1000 * seed + 10))
     lesson = Lesson(base, policies, training, routed(problems(VALIDATION, 1000 * seed + 11)), [1 / 3] * 3)
     distill(lesson, lora, config, GENERATION, run, Console(), {"objective": "all", "method": "distillation"})
     replace(run, cost=read_cost(output)).finish()

@@ -19,7 +19,7 @@ from emorl.dynamic.engines.reader import Reader, check_reader
 from emorl.dynamic.engines.sampling import choose, random_numbers
 from emorl.dynamic.engines.vocabulary import Transcript, UnionVocabulary, is_complete
 from emorl.policies.generation import end_tokens
-from emorl.policies.prompts import encode, is_chat
+from emorl.policies.prompts import is_chat, token_ids
 
 VOCABULARIES = ("top_k", "full")
 _FOR_A_CHARACTER = 3  # tokens that a span may be longer to end with a whole character
@@ -222,4 +222,4 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
         prompt = [{"role": "user", "content": prompt}]
     elif not is_chat(tokenizer) and not isinstance(prompt, str):
         prompt = "\n".join(turn["content"] for turn in prompt)
-    return encode(tokenizer, [prompt])["input_ids"][0].tolist()  # type: ignore[union-attr]
+    return token_ids(tokenizer, prompt)
