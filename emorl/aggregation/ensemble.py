@@ -138,7 +138,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
 
     @property
     @abstractmethod
-    def _has_rows_by_policy(self) -> bool:
+    def has_rows_by_policy(self) -> bool:
         """Whether each policy has a row of its own for every sequence."""
 
     def forward(
@@ -155,12 +155,13 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         weights: Weights | None = None,
         active: tuple[int, ...] | None = None,
+        aggregate: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | Seq2SeqLMOutput:
-        """Logits (B, T, V) of the combined policies for input_ids (B, T), with `weights` (K,) or (B, K).
-
-        Of an encoder-decoder, input_ids (B, S) are the encoder's and decoder_input_ids (B, T) the decoder's. `active`
-        are the policies to compute, in ascending order; the weights of all others must be 0 (default: all).
+        """Logits (B, T, V) of the combined policies for input_ids (B, T), with `weights` (K,) or (B, K). All that decodes takes
+        this step: `generate()`, the trie, and `RowBatch`. Of an encoder-decoder, input_ids (B, S) are the encoder's and
+        decoder_input_ids (B, T) the decoder's. `active` are the policies to compute, in ascending order; the weights of all
+        others must be 0 (default: all). Without `aggregate` an ensemble hands on the policies' hidden states, (B*K, T, H).
         """
         if labels is not None and decoder_input_ids is None and self.config.is_encoder_decoder:
             decoder_input_ids = self.policies.prepare_decoder_input_ids_from_labels(labels)  # pyright: ignore[reportCallIssue]
@@ -174,7 +175,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         }
         batch = batch_of(decoder_input_ids, input_ids, inputs_embeds)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)
-        with mixing(rows, active):
+        with mixing(rows, active, aggregate):
             arguments = {name: self._model_rows(value, batch) for name, value in by_sequence.items() if value is not None}
             if encoder_outputs is not None:
                 arguments["encoder_outputs"] = self._unpacked(encoder_outputs)
@@ -194,7 +195,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("encoder_outputs"))
         batch = next((len(tensor) if torch.is_tensor(tensor) else len(tensor[0]) for tensor in given if tensor is not None), 1)
         rows = self._weights_by_row(self.weights if weights is None else weights, batch)
-        self._has_said_sum = self._has_said_sum or say_other_sum(rows)
+        self._has_said_sum = self._has_said_sum or (self.has_rows_by_policy and say_other_sum(rows))  # else a strength
         active = active_policies(rows)
         with mixing(rows, active):  # the encoder runs in here, before any forward of ours
             # As rows, weights are repeated by transformers with their sequence for beams and return sequences.
@@ -217,7 +218,7 @@ class AdapterMixture(PreTrainedModel, GenerationMixin):
         """The rows the model computes for a tensor (B, ...) with one row per sequence."""
         if isinstance(value, dict):  # one mask per layer type, made by generate() for a static cache
             return {kind: self._model_rows(mask, batch) for kind, mask in value.items()}
-        if value is None or not self._has_rows_by_policy or len(value) < batch:  # a single row serves all
+        if value is None or not self.has_rows_by_policy or len(value) < batch:  # a single row serves all
             return value
         active = current_mixing().active
         return value.repeat_interleave(len(self.policy_names) if active is None else len(active), 0)
@@ -359,7 +360,7 @@ class HiddenStateEnsemble(AdapterMixture):
             )
 
     @property
-    def _has_rows_by_policy(self) -> bool:
+    def has_rows_by_policy(self) -> bool:
         return True
 
     def mixed_hidden_states(self, input_ids: Tensor, attention_mask: Tensor, weights: Weights | None = None) -> Tensor:
@@ -391,7 +392,7 @@ class ParameterAverage(AdapterMixture):
     _lora_layer = SummedLoraLinear
 
     @property
-    def _has_rows_by_policy(self) -> bool:
+    def has_rows_by_policy(self) -> bool:
         return False
 
 

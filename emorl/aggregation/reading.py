@@ -66,18 +66,17 @@ class CausalReader:
         """Gives an encoder-decoder's cache the sources of `prompts` (R,); nothing to do here."""
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, active: Active = None) -> Tensor:
-        policies = self._policies if active is None else len(active)
-        ids, mask, positions = (tensor.repeat_interleave(policies, 0) for tensor in (ids, mask, positions))
-        with mixing(torch.empty(0), active, aggregate=False):
-            output = self._ensemble.policies(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].unflatten(0, (-1, policies))  # the head handed on hidden states
+        output = self._ensemble(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            active=active,
+            aggregate=False,
+        )
+        return output.logits[:, -1].unflatten(0, (len(ids), -1))  # the head handed on hidden states
 
 
 class Seq2SeqReader:
@@ -140,7 +139,7 @@ class Seq2SeqReader:
     ) -> Tensor:
         policies = self._policies if active is None else len(active)
         ids, mask = (tensor.repeat_interleave(policies, 0) for tensor in (ids, mask))
-        with mixing(torch.empty(0), active, aggregate=False):
+        with mixing(torch.empty(0), active, aggregate=False):  # the encoder has read already: its rows are by policy
             output = self._ensemble.policies(
                 attention_mask=source_mask,
                 decoder_input_ids=ids,

@@ -61,6 +61,46 @@ class RowLayer(DynamicLayer):
                 buffer.index_copy_(0, target, buffer.index_select(0, source))
         self._show(rows, self.get_seq_length())
 
+    @property
+    def bytes(self) -> int:
+        """Of its buffers, room included."""
+        return 0 if self._buffers is None else sum(buffer.nbytes for buffer in self._buffers)
+
+    def shrink(self) -> None:
+        """Gives back room, where less than half of the rows or of the places are taken."""
+        assert self.keys is not None
+        assert self._buffers is not None
+        rows, places = self._buffers[0].shape[0], self._buffers[0].shape[2]
+        shown, length = self.keys.shape[0], self.get_seq_length()
+        if 2 * shown < rows or 2 * length + _ROOM < places:
+            self._reserve(shown + shown // 4, length + max(_ROOM, length // 4))
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Puts rows (N, heads, T, D) behind the others, T at most their length: aligned right, zeros in front."""
+        assert self.keys is not None
+        assert self._buffers is not None
+        shown, length, new = self.keys.shape[0], self.get_seq_length(), keys.shape[2]
+        if shown + len(keys) > self._buffers[0].shape[0]:
+            self._reserve(max(shown + len(keys), shown + shown // 4), self._buffers[0].shape[2])
+        for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            rows = buffer[shown : shown + len(keys), :, :length]
+            rows[:, :, : length - new] = 0  # what is masked must be finite
+            rows[:, :, length - new :] = states
+        self._show(shown + len(keys), length)
+
+    def shift(self, places: int) -> None:
+        """Moves all tokens to the right, with zeros in front, or to the left, where the first ones are dropped."""
+        assert self.keys is not None
+        assert self._buffers is not None
+        rows, length = self.keys.shape[0], self.get_seq_length()
+        if length + places > self._buffers[0].shape[2]:
+            self._reserve(self._buffers[0].shape[0], length + places + _ROOM)
+        for buffer in self._buffers:
+            kept = buffer[:rows, :, max(0, -places) : length].clone()  # source and target overlap
+            buffer[:rows, :, : max(0, places)] = 0
+            buffer[:rows, :, max(0, places) : length + places] = kept
+        self._show(rows, length + places)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps rows `indices` (N,), which may lie on another layer's device."""
         if self.keys is not None:
@@ -80,7 +120,7 @@ class RowLayer(DynamicLayer):
         shown, length = self.keys.shape[0], self.keys.shape[2]
         buffers = []
         for states in (self.keys, self.values):
-            buffer = states.new_empty(rows, states.shape[1], tokens, states.shape[3])
+            buffer = states.new_empty(max(rows, shown), states.shape[1], tokens, states.shape[3])
             buffer[:shown, :, :length] = states
             buffers.append(buffer)
         self._buffers = (buffers[0], buffers[1])

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import DynamicCache
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.aggregation.row_batch import PromptReading, RowBatch
 from emorl.aggregation.row_cache import RowCache
 from emorl.aggregation.trie import TrieDecoder
 from emorl.policies.adapters import read_adapter
@@ -83,3 +84,30 @@ def test_a_row_cache_holds_what_transformers_own_holds(device):
     ours.batch_select_indices(rows)
     theirs.batch_select_indices(rows)
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+
+
+@torch.no_grad()
+def test_texts_that_come_and_go_are_those_of_generate(parts):
+    base, paths, inputs = parts
+    ensemble, _ = policies(base, paths)
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
+    batch, written = RowBatch(ensemble, (0, 1)), [[] for _ in prompts]
+    for prompt, row, text in zip(prompts, weights, written, strict=True):
+        reading = PromptReading(ensemble, prompt, row)
+        text.append(int(reading.read(1000)[-1].argmax()))
+        batch.join(reading)
+        for each, token in zip(
+            written, batch.step([each[-1] for each in written[: len(batch)]]).argmax(-1).tolist(), strict=False
+        ):
+            each.append(token)
+    order = batch.leave([0])
+    assert order == [2, 1]
+    for text, token in zip(
+        [written[row] for row in order], batch.step([written[row][-1] for row in order]).argmax(-1), strict=True
+    ):
+        text.append(int(token))
+    for prompt, row, text in zip(prompts, weights, written, strict=True):
+        ids = torch.tensor([prompt], device=base.device)
+        alone = ensemble.generate(ids, weights=row, max_new_tokens=len(text), do_sample=False, eos_token_id=None)
+        assert text == alone[0, len(prompt) :].tolist()

@@ -40,6 +40,12 @@ class Decoding:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"Got {self}; expected max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1.")
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The same in transformers' settings, as `decoding_of` takes them."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling}
+
 
 def decoding_of(generation: Mapping[str, Any], seed: int, after: str | None = None) -> Decoding:
     """A `Decoding` from transformers' generation settings, and the mark behind which answers begin.
