@@ -82,7 +82,7 @@ def adapter_card(adapters: Sequence[Adapter], wanted: AdapterFusion, modules: Ma
             for adapter, weight in weighted
         ),
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None),
-        total=_kept_in_all(modules),
+        total=kept_in_all(modules),
         modules="\n".join(
             f"| {name} | {_described(wanted.by_module.get(name))} | {module.a.shape[1]} | {module.kept_energy:.6f} |"
             for name, module in modules.items()
@@ -94,7 +94,8 @@ def _described(fusion: Fusion | None) -> str:
     return "as above" if fusion is None else f"{fusion.method} {', '.join(f'{weight:g}' for weight in fusion.weights)}"
 
 
-def _kept_in_all(modules: Mapping[str, LowRank]) -> float:
+def kept_in_all(modules: Mapping[str, LowRank]) -> float:
+    """The share of the squared Frobenius norm that all modules together keep of what they approximate."""
     left = {name: float(factor_gram([(module.a, module.b)])) for name, module in modules.items()}
     before = sum(left[name] / module.kept_energy for name, module in modules.items())
     return sum(left.values()) / before if before > 0 else 1.0

@@ -35,11 +35,11 @@ def concatenate_adapters(adapters: Sequence[Adapter], weights: Sequence[float], 
         raise UserError(f"Got {len(adapters)} adapters and {len(weights)} weights; expected one weight per adapter.")
     if not torch.tensor(weights, dtype=torch.float64).isfinite().all():
         raise UserError(f"Got weights {list(weights)}; expected finite numbers.")
-    fingerprint = _common_fingerprint(adapters)
+    fingerprint = common_fingerprint(adapters)
     factors = {name: concatenate(_module_factors(name, adapters), weights) for name in _module_names(adapters)}
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory, factors, adapters[0], fingerprint)
+    write_adapter(directory, factors, adapters[0], fingerprint)
     return directory
 
 
@@ -75,7 +75,7 @@ def fuse_adapters(
     """
     wanted = AdapterFusion(fusion, by_module or {}, rank, energy, seed, origin)
     _check(wanted, len(adapters))
-    fingerprint = _common_fingerprint(adapters)
+    fingerprint = common_fingerprint(adapters)
     output = Path(output_dir)
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; give another output, or move it away")
@@ -84,7 +84,7 @@ def fuse_adapters(
         fused = {name: module for name, module in modules.items() if module is not None}
         if not fused:
             raise UserError(f"{fusion.method} with the weights {list(fusion.weights)} leaves nothing of these adapters")
-        _write(partial, {name: (module.a, module.b) for name, module in fused.items()}, adapters[0], fingerprint)
+        write_adapter(partial, {name: (module.a, module.b) for name, module in fused.items()}, adapters[0], fingerprint)
         write_text(partial / "README.md", adapter_card(adapters, wanted, fused))
     return output
 
@@ -162,7 +162,7 @@ def _module_factors(name: str, adapters: Sequence[Adapter]) -> list[Factors]:
     return [present.get(index, absent) for index in range(len(adapters))]
 
 
-def _common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
+def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
     """The fingerprint all adapters that have one agree on; only recorded if every adapter has it."""
     recorded = {adapter.base_fingerprint: adapter for adapter in adapters if adapter.base_fingerprint is not None}
     if len(recorded) > 1:
@@ -172,7 +172,8 @@ def _common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
     return next(iter(recorded)) if complete else None
 
 
-def _write(directory: Path, factors: Mapping[str, Factors], like: Adapter, fingerprint: str | None) -> None:
+def write_adapter(directory: Path, factors: Mapping[str, Factors], like: Adapter, fingerprint: str | None) -> None:
+    """Module -> factors as an adapter of PEFT's, of the base and the kind of `like`, with a scaling of 1."""
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.T.contiguous()  # PEFT stores (r, in)

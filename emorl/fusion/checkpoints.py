@@ -124,23 +124,52 @@ def fuse_checkpoints(what: CheckpointFusion, output: Path, files: Mapping[str, s
     check_checkpoints(what)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists and is not empty; give another output, or move it away")
-    leading = what.base or what.models[0]
     specs = [_spec(planned, what) for planned in what.tensors]
-    progress = progress or Silent()
-    with written_whole_directory(output) as directory, progress.bar(f"fuse {output.name}", len(specs)) as bar:
-        _copy_companions(leading.path, directory)
-        _write_config(leading.config, what, directory)
+    planned_of = {planned.name: planned for planned in what.tensors}
+    with written_whole_directory(output) as directory:
+        write_checkpoint(
+            directory, what.base or what.models[0], specs, lambda spec: _fused(planned_of[spec.name], what),
+            dtype=what.dtype, config_changes=what.config_changes, title=f"fuse {output.name}", progress=progress,
+        )  # fmt: skip
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
-        with ShardWriter(directory, specs, _SHARD_SIZE) as writer, tensor_workers() as pool:
-
-            def write_fused(planned: FusedTensor, spec: TensorSpec) -> str:
-                writer.write(spec.name, _finite(_fused(planned, what).to(spec.dtype), spec))
-                return spec.name
-
-            for name in pool.map(write_fused, what.tensors, specs):
-                bar.advance(1, name)
     return output
+
+
+def write_checkpoint(
+    directory: Path,
+    like: Checkpoint,
+    specs: Sequence[TensorSpec],
+    tensor_of: Callable[[TensorSpec], Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    config_changes: Mapping[str, Any] | None = None,
+    title: str,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the tensors `specs`, each made when its turn comes, with the config and companions of another checkpoint.
+
+    Args:
+        tensor_of: makes a tensor, in any type; called from several threads.
+        dtype: for the config, where it is another one than the config says.
+
+    Raises:
+        UserError: numbers that are none in the type that they are written in.
+    """
+    _copy_companions(like.path, directory)
+    _write_config({**like.config, **(config_changes or {})}, dtype, directory)
+    with (
+        (progress or Silent()).bar(title, len(specs)) as bar,
+        ShardWriter(directory, specs, _SHARD_SIZE) as writer,
+        tensor_workers() as pool,
+    ):
+
+        def write_made(spec: TensorSpec) -> str:
+            writer.write(spec.name, _finite(tensor_of(spec).to(spec.dtype), spec))
+            return spec.name
+
+        for name in pool.map(write_made, specs):
+            bar.advance(1, name)
 
 
 def _finite(fused: Tensor, spec: TensorSpec) -> Tensor:
@@ -254,9 +283,9 @@ def _copy_companions(source: Path, directory: Path) -> None:
             shutil.copyfile(file, directory / file.name)
 
 
-def _write_config(config: Mapping[str, Any], what: CheckpointFusion, directory: Path) -> None:
-    changed = {**config, **what.config_changes}
-    if what.dtype is not None:
+def _write_config(config: Mapping[str, Any], dtype: torch.dtype | None, directory: Path) -> None:
+    changed = dict(config)
+    if dtype is not None:
         changed.pop("torch_dtype", None)
-        changed["dtype"] = str(what.dtype).removeprefix("torch.")
+        changed["dtype"] = str(dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

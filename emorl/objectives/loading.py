@@ -141,8 +141,7 @@ def outside_range(objectives: Sequence[Objective]) -> list[str]:
 
 def load_objective(name: str, config: ObjectiveConfig, tokenize: Tokenize | None = None) -> Objective:
     """The objective ready to score; loads its model if it has one. `tokenize` is as `Objective`'s."""
-    named, options = _named(name, config)
-    function = _imported(name, named)
+    function, options = function_of(name, config)
     scale = _checked_scale(name, function, options, config.transform)
     if isinstance(function, type) and is_pydantic_dataclass(function):
         made: Any = parse(function, options, f"objective {name!r}")
@@ -153,6 +152,12 @@ def load_objective(name: str, config: ObjectiveConfig, tokenize: Tokenize | None
     except (ValueError, OSError) as error:
         what = f"model {options['model']!r}: " if isinstance(error, OSError) and "model" in options else ""
         raise UserError(f"objective {name!r}: {what}{str(error).splitlines()[0]:.300}") from None
+
+
+def function_of(name: str, config: ObjectiveConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The class or function of an objective, imported and not called, and its options."""
+    named, options = _named(name, config)
+    return _imported(name, named), options
 
 
 def _partial(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 `mean` and `weighted` find only points on the front's convex hull; `chebyshev` can reach every point of it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -48,7 +49,7 @@ def importance_of(objectives: Sequence[str], preferences: Mapping[str, float]) -
     """Preferences as a vector (O,) summing to 1; objectives without one get 0, no preferences at all mean equal ones.
 
     Raises:
-        ValueError: an unknown objective, a negative or not finite preference, or none above 0.
+        ValueError: an unknown objective, a negative preference, none above 0, or a sum that is not finite.
     """
     unknown = sorted(set(preferences) - set(objectives))
     if unknown:
@@ -56,7 +57,7 @@ def importance_of(objectives: Sequence[str], preferences: Mapping[str, float]) -
     if not preferences:
         return np.full(len(objectives), 1 / len(objectives))
     importance = np.array([float(preferences.get(name, 0.0)) for name in objectives])
-    if not np.isfinite(importance).all() or (importance < 0).any() or importance.sum() <= 0:
+    if not math.isfinite(sum(importance.tolist())) or (importance < 0).any() or importance.sum() <= 0:
         raise ValueError(f"preferences must be finite, not negative and not all 0, got {dict(preferences)}")
     return importance / importance.sum()
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,13 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     fingerprint; float16 may differ in a rounding. Quantised layers count by their precision alone, as what they keep
     changes when they are first used. Take it before adapters are added: they change names.
     """
+    return fingerprint_of(parameters_in_memory(model))
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """`base_fingerprint` of a model's parameters by name, in its order; a tied one comes once."""
     digest = hashlib.sha256()
-    for name, parameter in parameters_in_memory(model):
+    for name, parameter in parameters:
         if not parameter.is_floating_point():
             digest.update(f"{name} {parameter.dtype}\n".encode())
             continue

@@ -4,20 +4,19 @@ front is told the same preference by a line in the prompt, and answers in place 
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emorl.config import UserError, nearest
+from emorl.config import UserError
 from emorl.config.experiment import BaseConfig, Experiment, load_kept_experiment
 from emorl.config.yaml import apply_overrides
 from emorl.runs.console import Console
 from emorl.runs.layout import ADAPTER, DYNAMIC_CARD, ENSEMBLE, EXPERIMENT, POLICY, POLICY_CARD, Layout
 from emorl.runs.progress import Progress, Silent
-from emorl.runs.results import BASE, Point, SearchResult, best_dynamic_ensemble, read_result
+from emorl.runs.results import Point, SearchResult, best_dynamic_ensemble, read_result
 from emorl.runs.run import read_json
 from emorl.stages.materials import Materials
 
@@ -67,11 +66,11 @@ def check(directory: Path, wish: Wish) -> None:
     """Refuses what can be seen in the run directory, before any library is imported."""
     if wish.prefer and wish.weights:
         raise UserError("--prefer chooses the weights and --weights gives them; use one of both")
-    dynamic, policy = _dynamic_in(directory), _policy_in(directory, wish)
+    dynamic, policy = dynamic_in(directory), policy_in(directory, wish)
     if dynamic is None and policy is None:
-        _chosen(load_kept_experiment(directory), wish)
-    elif policy is not None and (told := _told(policy)) is not None:
-        _chosen_point(wish, *told)
+        chosen(load_kept_experiment(directory), wish)
+    elif policy is not None and (told := told_front(policy)) is not None:
+        chosen_point(wish, *told)
     elif wish.prefer or wish.weights:
         option = "--prefer" if wish.prefer else "--weights"
         fixed = f"{policy} is one policy, without a front to choose from"
@@ -96,18 +95,18 @@ def generate_lines(
     check(directory, wish)
     if not prompts:
         raise UserError("no prompt given; use --prompt TEXT or pipe prompts to standard input, one a line")
-    progress, dynamic, policy = progress or Silent(), _dynamic_in(directory), _policy_in(directory, wish)
+    progress, dynamic, policy = progress or Silent(), dynamic_in(directory), policy_in(directory, wish)
     if dynamic is not None:
         progress.say(f"weights: chosen anew for every span by {dynamic}")
         yield from _dynamic_lines(dynamic, prompts, wish, as_json)
         return
-    speaker = _of_front(directory, wish, progress) if policy is None else _of_policy(policy, wish, progress)
+    speaker = _of_front(directory, wish, progress) if policy is None else of_policy(policy, wish, progress)
     for prompt in prompts:
         line = {"prompt": prompt, "completion": speaker.answer(prompt), **speaker.described}
         yield json.dumps(line, ensure_ascii=False) if as_json else line["completion"]
 
 
-def _policy_in(directory: Path, wish: Wish) -> Path | None:
+def policy_in(directory: Path, wish: Wish) -> Path | None:
     """The one policy that is meant; None where a front of the ensemble is."""
     is_policy = any((directory / name).is_file() for name in (ADAPTER, "config.json"))
     layout = Layout(directory)
@@ -116,7 +115,7 @@ def _policy_in(directory: Path, wish: Wish) -> Path | None:
     if is_policy:
         return directory
     distilled = layout.distillation / POLICY
-    if not wish.ensemble and layout.has_result("distill") and _told(distilled) is not None:
+    if not wish.ensemble and layout.has_result("distill") and told_front(distilled) is not None:
         return distilled
     if not wish.ensemble and not layout.has_result("search") and (distilled / ADAPTER).is_file():
         return distilled
@@ -124,7 +123,7 @@ def _policy_in(directory: Path, wish: Wish) -> Path | None:
     return fused if (fused / ADAPTER).is_file() and not layout.has_result("search") else None
 
 
-def _told(policy: Path) -> tuple[Point, list[Point]] | None:
+def told_front(policy: Path) -> tuple[Point, list[Point]] | None:
     """What a policy for the whole front is told by default, and the front that preferences choose from; None of any other
     one."""
     file = policy / POLICY_CARD
@@ -136,13 +135,13 @@ def _told(policy: Path) -> tuple[Point, list[Point]] | None:
     return best, points
 
 
-def _has_gone_on(output: Path, front: Sequence[Point]) -> bool:
+def has_gone_on(output: Path, front: Sequence[Point]) -> bool:
     """Whether the search has another front than the one that was distilled."""
     layout = Layout(output)
     return layout.has_result("search") and list(read_result(SearchResult, layout.search).front) != list(front)
 
 
-def _dynamic_in(directory: Path) -> Path | None:
+def dynamic_in(directory: Path) -> Path | None:
     """The dynamic ensemble that is meant; None where there is a front, or a policy of another kind."""
     if (directory / DYNAMIC_CARD).is_file():
         return directory
@@ -156,10 +155,8 @@ def _dynamic_lines(directory: Path, prompts: Sequence[str], wish: Wish, as_json:
     from emorl.dynamic.ensemble import DynamicEnsemble
 
     ensemble = DynamicEnsemble.from_pretrained(directory)
-    trained, samples = ensemble.decoding, ensemble.decoding.temperature > 0
-    generation = {"max_new_tokens": trained.max_new_tokens, "do_sample": samples}
-    sampling = {"temperature": trained.temperature, "top_p": trained.top_p} if samples else {}
-    ensemble.decoding = decoding_of({**generation, **sampling, **wish.generation}, trained.seed, trained.after)
+    trained = ensemble.decoding
+    ensemble.decoding = decoding_of({**trained.generation, **wish.generation}, trained.seed, trained.after)
     for prompt in prompts:
         [answer] = ensemble.generate([prompt], seeds=[0])
         weights = [dict(zip(ensemble.engine.names, row, strict=True)) for row in answer.weights]
@@ -172,8 +169,8 @@ def _of_front(directory: Path, wish: Wish, progress: Progress) -> _Speaker:
     from emorl.aggregation.ensemble import MIXTURES
 
     experiment = load_kept_experiment(directory)
-    described = _chosen(experiment, wish)
-    settings, weights = _settings(experiment, wish), described["weights"]
+    described = chosen(experiment, wish)
+    settings, weights = settings_of(experiment, wish), described["weights"]
     progress.say(f"weights: {', '.join(f'{name} {weight:.3g}' for name, weight in weights.items())}")
     base = Materials(experiment).base
     saved = Layout(directory).search / ENSEMBLE
@@ -181,73 +178,75 @@ def _of_front(directory: Path, wish: Wish, progress: Progress) -> _Speaker:
     return _Speaker(mixture, base.tokenizer, described, **settings)
 
 
-def _chosen(experiment: Experiment, wish: Wish) -> Mapping[str, Any]:
+def chosen(experiment: Experiment, wish: Wish) -> Mapping[str, Any]:
     """The weights that a user wishes, and what the search knows of them."""
     search = read_result(SearchResult, Layout(experiment.output).search)
-    return _chosen_point(wish, search.best, search.front)
+    return chosen_point(wish, search.best, search.front)
 
 
-def _chosen_point(wish: Wish, best: Point, front: Sequence[Point]) -> Mapping[str, Any]:
+def chosen_point(wish: Wish, best: Point, front: Sequence[Point]) -> Mapping[str, Any]:
     if wish.weights:
-        return {"weights": _given_weights(wish.weights, list(best.weights))}
+        from emorl.objectives.preference import check_weights
+
+        return {"weights": check_weights("--weights", wish.weights, list(best.weights))}
     from emorl.objectives.preference import choose
 
     return choose([_described(point) for point in front], wish.prefer) if wish.prefer else _described(best)
-
-
-def _given_weights(given: Mapping[str, float], policies: Sequence[str]) -> dict[str, float]:
-    """One weight for each policy; what is not named is 0."""
-    unknown = [name for name in given if name not in policies]
-    if unknown:
-        raise UserError(f"--weights: no policy is called {unknown[0]!r}; {nearest(unknown[0], policies)}")
-    weights = {name: given.get(name, 0.0) for name in policies}
-    numbers, may_subtract = list(weights.values()), BASE in policies
-    if not all(map(math.isfinite, numbers)) or not any(numbers) or (min(numbers) < 0 and not may_subtract):
-        sign = "" if may_subtract else ", none below 0 (ensemble.include_base would allow that)"
-        raise UserError(f"--weights: expected finite numbers, not all 0{sign}, got {dict(given)}")
-    return weights
 
 
 def _described(point: Point) -> dict[str, Any]:
     return {"weights": dict(point.weights), "scores": dict(point.scores), "value": point.value}
 
 
-def _of_policy(folder: Path, wish: Wish, progress: Progress) -> _Speaker:
+def of_policy(folder: Path, wish: Wish, progress: Progress) -> _Speaker:
     """With the base and the settings of the experiment in whose output it is; else its own base, and the defaults."""
     from emorl.policies.base import load_base
     from emorl.policies.preference_line import PreferenceLine
 
-    outputs = [above for above in folder.absolute().parents[1:3] if (above / EXPERIMENT).is_file()]
-    experiment = load_kept_experiment(outputs[0]) if outputs else None
-    told, line = _told(folder), PreferenceLine.read(folder)
-    settings: dict[str, Any] = {**_settings(experiment, wish), "line": line}
+    experiment = experiment_above(folder)
+    told, line = told_front(folder), PreferenceLine.read(folder)
+    settings: dict[str, Any] = {**settings_of(experiment, wish), "line": line}
     described: dict[str, Any] = {"policy": str(folder)}
     if told is None or line is None:
         progress.say(f"weights: none, one policy answers: {folder}")
     else:
-        weights = _chosen_point(wish, *told)["weights"]  # scores are the ensemble's
+        weights = chosen_point(wish, *told)["weights"]  # scores are the ensemble's
         described["weights"] = weights
         progress.say(f"told: {line.text(weights)}")
-        if outputs and _has_gone_on(outputs[0], told[1]):
-            progress.warn(f"the search in {outputs[0]} has gone on since; `emorl distill` makes the adapter anew")
+        if experiment is not None and has_gone_on(experiment.output, told[1]):
+            progress.warn(f"the search in {experiment.output} has gone on since; `emorl distill` makes the adapter anew")
     if not (folder / ADAPTER).is_file():
         base = load_base(BaseConfig(model=str(folder)))
         return _Speaker(base.model, base.tokenizer, described, **settings)
     from emorl.aggregation.ensemble import HiddenStateEnsemble
-    from emorl.policies.adapters import read_adapter
     from emorl.policies.base import read_policies
 
-    trained_on = read_adapter(folder).base_name
-    if experiment is None and trained_on is None:
-        raise UserError(f"the adapter in {folder} does not say which base it belongs to: base_model_name_or_path, in {ADAPTER}")
-    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    alone = BaseConfig(model=str(trained_on), tokenizer=own)
-    base = load_base(alone) if experiment is None else Materials(experiment).base
+    base = load_base(base_of(folder)) if experiment is None else Materials(experiment).base
     ensemble = HiddenStateEnsemble(base.model, read_policies({"policy": folder}, base), [1.0])
     return _Speaker(ensemble, base.tokenizer, described, **settings)
 
 
-def _settings(experiment: Experiment | None, wish: Wish) -> dict[str, Any]:
+def experiment_above(policy: Path) -> Experiment | None:
+    """The experiment in whose output a policy's folder is."""
+    outputs = [above for above in policy.absolute().parents[1:3] if (above / EXPERIMENT).is_file()]
+    return load_kept_experiment(outputs[0]) if outputs else None
+
+
+def base_of(policy: Path) -> BaseConfig:
+    """The base that an adapter names, with the tokenizer that lies beside it.
+
+    Raises:
+        UserError: it names none.
+    """
+    from emorl.policies.adapters import read_adapter
+
+    trained_on = read_adapter(policy).base_name
+    if trained_on is None:
+        raise UserError(f"the adapter in {policy} does not say which base it belongs to: base_model_name_or_path, in {ADAPTER}")
+    return BaseConfig(model=trained_on, tokenizer=str(policy) if (policy / "tokenizer_config.json").is_file() else None)
+
+
+def settings_of(experiment: Experiment | None, wish: Wish) -> dict[str, Any]:
     """How the experiment's policies decode, as the user changed it; checked before a model loads."""
     from emorl.policies.generation import check_generation
 

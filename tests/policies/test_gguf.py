@@ -44,7 +44,12 @@ def model(make_causal_model):
 
 @pytest.fixture(scope="module")
 def file(model, tokenizer, tmp_path_factory):
-    place, config = tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf", model.config
+    return write_base(model, tokenizer, tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf")
+
+
+def write_base(model, tokenizer, place, deltas=None):
+    """A tiny Llama and its tokenizer as a GGUF file; `deltas` are added to tensors of these names there."""
+    config = model.config
     writer = gguf.GGUFWriter(place, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -73,7 +78,8 @@ def file(model, tokenizer, tmp_path_factory):
         if "q_proj" in name or "k_proj" in name:
             values = halves_together(values, config.num_attention_heads if "q_" in name else config.num_key_value_heads)
         short = NAMES.get(name.removesuffix(".weight")) or f"blk.{parts[0]}.{NAMES[parts[2]]}"
-        writer.add_tensor(f"{short}.weight", np.ascontiguousarray(values))
+        added = (deltas or {}).get(f"{short}.weight", 0)
+        writer.add_tensor(f"{short}.weight", np.ascontiguousarray(values + np.asarray(added, dtype=np.float32)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
