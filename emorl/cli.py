@@ -27,6 +27,7 @@ COMMANDS = {
     "dynamic": "Train agents that set the ensemble's weights anew for every span of text, and compare them with fixed weights.",
     "report": "Write one self-contained HTML report of a run directory.",
     "generate": "Answer prompts with the point of the front that suits your preference, or with one policy.",
+    "serve": "Serve a run in OpenAI's form, a trade-off per request, with a page to choose it.",
     "export": "Export what was found for other engines: one adapter, one merged model, or GGUF LoRAs for llama.cpp.",
     "objectives": "List the registered objectives; `check` runs those of an experiment on edge cases.",
     "train-reward": "Train a reward model on graded responses, to be used as an objective.",

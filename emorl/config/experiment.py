@@ -19,6 +19,7 @@ from emorl.config.distill import DistillConfig
 from emorl.config.dynamic import DynamicConfig
 from emorl.config.fuse import PolicyFuseConfig, is_checkpoints
 from emorl.config.objective import ObjectiveConfig, PairsConfig
+from emorl.config.serve import ServeConfig
 from emorl.config.train import Method as TrainMethod
 from emorl.config.train import TrainConfig
 from emorl.config.yaml import apply_overrides, parse, read_yaml
@@ -166,6 +167,8 @@ class Experiment:
     """`emorl dynamic`: an agent that sets the weights anew for every span of text"""
     distill: DistillConfig = Field(default_factory=DistillConfig)
     """`emorl distill`: the ensemble becomes one adapter"""
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    """`emorl serve`: what the server takes on at once"""
     compare: CompareConfig = Field(default_factory=CompareConfig)
     """`emorl compare`: this ensemble and its rivals at the same budget of training prompts"""
     policies: Path | dict[str, Path] | None = None

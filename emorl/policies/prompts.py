@@ -1,5 +1,6 @@
 """The only place a prompt is rendered: TRL's rendering (chat template with generation prompt), padded as the tokenizer says."""
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -67,11 +68,14 @@ def is_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.chat_template is not None
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchEncoding:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> BatchEncoding:
     """Token ids as `GRPOTrainer` makes them: `input_ids` and `attention_mask` of (B, T), padded on the tokenizer's side.
 
     Args:
         prompts: texts, or conversations (lists of role/content turns); not both in one call.
+        chat_template_kwargs: of these prompts alone; they replace what the tokenizer was prepared with.
 
     Raises:
         UserError: conversations that the chat template refuses, or for which there is none.
@@ -82,8 +86,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchE
         raise UserError("the prompts are conversations, and the base has no chat template; give texts, or a chat model")
     else:
         try:
+            own = _own(tokenizer, chat_template_kwargs)
             encoded: Any = tokenizer.apply_chat_template(
-                list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
+                list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **own
             )
         except (TemplateError, TypeError) as error:
             raise UserError(_refused(prompts, error)) from None
@@ -92,9 +97,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchE
     return tokenizer.pad(rows, return_tensors="pt")
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """One prompt as `encode` makes it, without padding; its errors."""
-    return encode(tokenizer, [prompt])["input_ids"][0].tolist()
+    return encode(tokenizer, [prompt], chat_template_kwargs)["input_ids"][0].tolist()
+
+
+def _own(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `apply_chat_template` is given for arguments of its template: they are values, never parts of it."""
+    if not arguments:
+        return {}
+    known = inspect.signature(tokenizer.apply_chat_template).parameters
+    if taken := [name for name in arguments if name in known]:
+        raise UserError(f"chat_template_kwargs: {taken[0]!r} is no argument of a chat template")
+    template = str(tokenizer.get_chat_template())
+    set_before = re.compile(rf"{{# emorl #}}{{% set ({'|'.join(map(re.escape, arguments))}) = .*? %}}\n")
+    return {**arguments, "chat_template": set_before.sub("", template)}
 
 
 def _refused(prompts: Sequence[Any], error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""A server in OpenAI's form: a trade-off per request, requests decoded side by side, and a page."""
