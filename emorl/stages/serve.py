@@ -5,6 +5,7 @@ is a model by name, so that any client can choose one; clients that send fields 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -129,22 +130,26 @@ def _run(application: "Starlette", bound: socket.socket, seconds: float, console
     config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(seconds))
     bound.listen()  # whoever reads the line may come
     console.say(f"serving at {where}/v1 (OpenAI's interface) and {where}/ (the page); Ctrl-C ends it")
-    uvicorn.Server(config).run(sockets=[bound])
+    with contextlib.suppress(KeyboardInterrupt):  # raised again, when what ran has finished
+        uvicorn.Server(config).run(sockets=[bound])
 
 
 def _bound(serving: Serving) -> socket.socket:
     """The socket, taken before anything loads: a port that is in use is told at once."""
     if not 0 <= serving.port < 2**16:
         raise UserError(f"--port {serving.port}: expected 0 to {2**16 - 1}")
-    try:
-        places = socket.getaddrinfo(serving.host, serving.port, type=socket.SOCK_STREAM)
-        family, *_, address = min(places, key=lambda place: place[0] != socket.AF_INET)
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise UserError(f"cannot listen at {serving.host}:{serving.port} ({error}); choose another --host or --port") from None
-    return bound
+    with contextlib.ExitStack() as on_failure:
+        try:
+            places = socket.getaddrinfo(serving.host, serving.port, type=socket.SOCK_STREAM)
+            family, *_, address = min(places, key=lambda place: place[0] != socket.AF_INET)
+            bound = on_failure.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            where = f"{serving.host}:{serving.port}"
+            raise UserError(f"cannot listen at {where} ({error}); choose another --host or --port") from None
+        on_failure.pop_all()
+        return bound
 
 
 def _key(variable: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """What runs and folders of each kind offer, and that it answers as `emorl generate` does."""
 
 import shutil
+import socket
 from dataclasses import replace
 
 import pytest
@@ -140,6 +141,13 @@ def test_mistakes_are_one_line(searched, capsys, options, message):
     lines = capsys.readouterr().err.splitlines()
     assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_port_that_is_in_use_is_one_line(searched, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(searched.output), "--port", str(port)]) == 2
+    assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_a_folder_without_anything_to_serve_is_refused(tmp_path, run):
