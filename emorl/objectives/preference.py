@@ -18,6 +18,8 @@ def parse_numbers(option: str, text: str) -> dict[str, float]:
     numbers = {}
     for part in filter(None, text.split(",")):
         name, separator, value = part.partition("=")
+        if name.strip() in numbers:
+            raise UserError(f"{option} {text!r:.200}: {name.strip()!r:.80} is named twice")
         try:
             numbers[name.strip()] = float(value)
         except ValueError:

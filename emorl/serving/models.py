@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from emorl.config import UserError, nearest
@@ -36,7 +37,8 @@ class Model:
     @property
     def described(self) -> dict[str, Any]:
         """For answers and for the list of models."""
-        weights, scores = (None if known is None else dict(known) for known in (self.weights, self.scores))
+        weights = None if self.weights is None else dict(self.weights)
+        scores = None if self.scores is None else {name: round(score, 6) for name, score in self.scores.items()}
         return {"model": self.name, "kind": self.kind, "weights": weights, "scores": scores, "value": self.value}
 
 
@@ -48,6 +50,7 @@ class Steered:
         prefix: of its names, behind `emorl/`; empty for what a plain `emorl` means.
         front: best value first.
         voice: makes it, for weights by policy.
+        is_scored: whether the front's scores are its own: not those of a soup, or of an adapter, beside the ensemble's.
     """
 
     prefix: str
@@ -55,13 +58,15 @@ class Steered:
     best: Point
     policies: Sequence[str]
     voice: Callable[[Mapping[str, float]], Voice]
+    is_scored: bool = True
 
     def named(self, rest: str) -> str:
         return "/".join(filter(None, (OWNER, self.prefix, rest)))
 
     def at(self, point: Point, name: str, kind: str) -> Model:
         kind = self.prefix or kind
-        return Model(name, kind, self.voice(point.weights), point.weights, point.scores, point.value)
+        scores, value = (point.scores, point.value) if self.is_scored else (None, None)
+        return Model(name, kind, self.voice(point.weights), point.weights, scores, value)
 
     def find(self, rest: str, weights: Mapping[str, float], prefer: Mapping[str, float]) -> Model:
         """The point that is named by the rest of the name, or else by weights or a preference; the best one by nothing."""
@@ -151,8 +156,11 @@ class Models:
             raise error if rest.startswith(f"{FRONT}/") else self._unknown(each.named(rest)) from None
 
     def _unknown(self, name: str) -> UnknownModelError:
-        names = [model.name for model in self.listed()]
-        return UnknownModelError(f"model: no model is called {name!r:.80}; {nearest(name[:80], names)}")
+        names = [OWNER, *(model.name for model in self.listed())]
+        close = get_close_matches(name[:80], names, n=1, cutoff=0.8)
+        few = [each for each in names if not each.rpartition("/")[2].isdigit()]
+        near = nearest(name[:80], close or few)
+        return UnknownModelError(f"model: no model is called {name!r:.80}; {near} (GET /v1/models lists all)")
 
 
 def _point(chosen: Mapping[str, Any]) -> Point:

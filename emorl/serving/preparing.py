@@ -97,7 +97,8 @@ class Preparing:
         size = len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
         if longest is not None and size > longest * self._widest:  # reading it all would keep the others waiting
             raise FieldError(
-                "messages", f"a prompt of {size:,} characters is longer than this server takes: {longest:,} tokens"
+                "messages",
+                f"a prompt of {size:,} characters cannot be the {longest:,} tokens that this server takes; shorten it",
             )
         for name in arguments:
             if not _TEMPLATE_NAME.fullmatch(name):
@@ -146,10 +147,14 @@ class Preparing:
         if room is None:
             return default if wanted is None else wanted
         needed = max(tokens, wanted or 1) if voice.is_encoder_decoder else tokens + (1 if wanted is None else wanted)
+        if needed > room and wanted is None:
+            raise FieldError(
+                "messages", f"a prompt of {tokens:,} tokens leaves no room: the model has {room:,} positions; shorten it"
+            )
         if needed > room:
             raise FieldError(
                 "max_tokens",
-                f"a prompt of {tokens:,} tokens and max_tokens={wanted or 1:,} need {needed:,} positions, and the model has "
+                f"a prompt of {tokens:,} tokens and max_tokens={wanted:,} need {needed:,} positions, and the model has "
                 f"{room:,}; shorten the prompt or ask for fewer tokens",
             )
         return wanted if wanted is not None else min(default, room if voice.is_encoder_decoder else room - tokens)

@@ -208,4 +208,5 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
             near = nearest(field[:80], list(kind.model_fields))
             raise FieldError(field[:80], f"unknown field {field!r:.80}; {near}") from None
         place = ".".join(where)
-        raise FieldError(field[:80], f"{place:.120}{': ' if place else ''}{first['msg']:.300}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise FieldError(field[:80], f"{place:.120}{': ' if place else ''}{said:.300}") from None

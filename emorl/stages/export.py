@@ -31,14 +31,14 @@ Formats:
   adapter     one LoRA adapter of one rank and one alpha, for vLLM, PEFT and others; exact (padded with zeros)
   merged      one checkpoint without adapters, for every engine that reads transformers' models
   gguf-lora   each policy as a GGUF LoRA for llama.cpp, whose requests choose the scales: one base, all trade-offs
-What is exported (--what), by default the first that is there:
+What is exported (--what), by default the first that is there; a soup first for gguf-lora, --prefer and --weights:
   distilled   the adapter of `emorl distill`; one for the whole front reads its weights in the prompt
   soup        the policies' parameters, summed with the weights of the search's best point, of --prefer or of --weights
   fused       the adapter of `emorl fuse`
 Examples:
   emorl export runs/mine --format adapter
   emorl export runs/mine --format gguf-lora --prefer empathy=0.8,brevity=0.2
-  emorl export runs/mine --format merged --what soup --weights empathy=1.5,base=-0.5 --output models/mine
+  emorl export runs/mine --format merged --what soup --weights empathy=0.6,brevity=0.4 --output models/mine
 A hidden-state ensemble is no sum of parameters: distil it, or take its soup (`emorl serve` serves it as it is).
 """
 
@@ -57,9 +57,9 @@ def check(order: Order) -> str:
         raise UserError(f"--dtype is of a merged checkpoint; an {order.format} is written in float32")
     if order.format == "gguf-lora" and importlib.util.find_spec("gguf") is None:
         raise UserError("--format gguf-lora needs the package gguf: pip install 'emorl[gguf]'")
-    _check_place(order.place)
     kind = kind_of(order)
     check_wish(order, kind)
+    _check_place(order.place)
     return kind
 
 
@@ -90,9 +90,15 @@ def export(order: Order, progress: Progress) -> dict[str, Any]:
     with written_whole_directory(order.place) as partial:
         facts = _written(order, what, base, front, partial, progress)
         tokenizer.save_pretrained(partial)
-    progress.say(f"export: {order.place}")
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone, and an engine may be another user
+    progress.say(f"export: {order.place}, of {'one policy' if is_alone else 'the ' + kind}{_lost(facts)}")
     return {"format": order.format, "what": kind, "output": str(order.place), "base": what.base_name,
             "weights": dict(what.weights), "notes": list(what.notes), **facts}  # fmt: skip
+
+
+def _lost(facts: Mapping[str, Any]) -> str:
+    return f", of whose sum rank {facts['rank']} keeps {facts['kept']:.1%}" if facts.get("kept", 1) != 1 else ""
 
 
 def _written(
@@ -138,7 +144,7 @@ def _folder_of(base: BaseConfig, unpacked: Path) -> Path:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _HELP
     parser.add_argument("directory", type=Path, metavar="RUN", help="output directory of an experiment, or an adapter's folder")
-    parser.add_argument("--format", required=True, metavar="FORMAT", help=f"{', '.join(FORMATS)}: see below")
+    parser.add_argument("--format", required=True, metavar="|".join(FORMATS), help="see below")
     parser.add_argument("--what", metavar="KIND", help=f"{', '.join(KINDS)}: see below")
     numbers = "NAME=NUMBER,…"
     parser.add_argument("--prefer", default="", metavar=numbers, help="the front's point that suits these objectives best")

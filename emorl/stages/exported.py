@@ -68,6 +68,9 @@ def kind_of(order: Order) -> str:
         "soup": layout.has_result("search") or bool(order.wish.weights),
         "fused": layout.has_result("fuse") and (layout.fusion / POLICY / ADAPTER).is_file(),
     }
+    chooses = order.format == "gguf-lora" or order.wish.prefer or order.wish.weights  # a trade-off, which one policy has not
+    if chooses and told_front(layout.distillation / POLICY) is None:
+        there = {"soup": there["soup"], **there}
     kind = order.what or next((kind for kind, is_there in there.items() if is_there), "soup")
     if not there[kind]:
         remedy = {

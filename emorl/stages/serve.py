@@ -113,12 +113,12 @@ def command(options: argparse.Namespace) -> None:
     blocks = _blocks(options.overrides)
     key = _key(options.api_key)
     serving = Serving(options.host, options.port, key, blocks.get("serve", {}), blocks.get("generation", {}))
-    console = Console()
+    console, seconds = Console(), _limits(options.directory, serving).seconds
+    check(options.directory, Wish())
     bound = _bound(serving)
     if key is None and serving.host not in _LOOPBACK:
         console.warn(f"anyone who reaches {serving.host} may use this server; --api-key asks them for a key")
     with bound:
-        seconds = _limits(options.directory, serving).seconds
         _run(make_server(options.directory, serving, console), bound, seconds, console)
 
 
@@ -126,7 +126,8 @@ def _run(application: "Starlette", bound: socket.socket, seconds: float, console
     import uvicorn
 
     host, port = bound.getsockname()[:2]
-    where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    named = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    where = f"http://{named}:{port}"
     config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(seconds))
     bound.listen()  # whoever reads the line may come
     console.say(f"serving at {where}/v1 (OpenAI's interface) and {where}/ (the page); Ctrl-C ends it")

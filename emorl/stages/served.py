@@ -108,7 +108,7 @@ def _add_search(offer: _Offer, layout: Layout, aggregate: str, base: "Base") -> 
         def voice(weights: Mapping[str, float], mixture: Any = mixture) -> Voice:
             return Voice(mixture, weights)
 
-        offer.steered.append(Steered(prefix, front, result.best, names, voice))
+        offer.steered.append(Steered(prefix, front, result.best, names, voice, is_scored=prefix == ""))
     alone = {name: f"emorl/policy/{name}" for name in policies} | {BASE: f"emorl/{BASE}"}
     for name, model_name in alone.items():
         kind = BASE if name == BASE else "policy"
@@ -130,7 +130,8 @@ def _add_adapter(offer: _Offer, name: str, folder: Path, mixture: Any, prefix: s
         return
     best, front = told
     front = sorted(front, key=lambda point: -point.value)
-    offer.steered.append(Steered(prefix, front, best, line.names, lambda weights: Voice(mixture, alone, line, weights)))
+    told_weights = lambda weights: Voice(mixture, alone, line, weights)  # noqa: E731
+    offer.steered.append(Steered(prefix, front, best, line.names, told_weights, is_scored=False))
 
 
 def _of_dynamic(folder: Path) -> "Model":

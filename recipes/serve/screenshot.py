@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from playwright.sync_api import Browser, sync_playwright
 
+from emorl.config import UserError
 from emorl.stages.serve import Serving, make_server
 
 CHROMIUM = shutil.which("chromium")
@@ -74,5 +75,10 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--dark", action="store_true")
     options = parser.parse_args()
-    with running(make_server(options.run, Serving(port=0))) as where, chromium() as started:
+    try:
+        application = make_server(options.run, Serving(port=0))
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    with running(application) as where, chromium() as started:
         screenshot(started, where, options.file, options.width, dark=options.dark)
+    print(f"wrote {options.file}")

@@ -58,7 +58,7 @@ def test_a_text_of_more_characters_than_tokens_can_have_is_not_even_read(prepare
     preparing = prepare.preparing
     longest = max(map(len, preparing.tokenizer.get_vocab()))
     for fields in ({"messages": [{"role": "user", "content": "x" * (40 * longest + 1)}]},):
-        with pytest.raises(FieldError, match="characters is longer than this server takes: 40 tokens"):
+        with pytest.raises(FieldError, match="characters cannot be the 40 tokens that this server takes"):
             prepare(**fields)
     with pytest.raises(FieldError, match="tokens is longer than this server takes: 40"):
         prepare(messages=[{"role": "user", "content": "x" * (40 * longest)}])

@@ -183,10 +183,18 @@ def test_each_policy_is_a_gguf_lora_and_the_server_gets_the_points_scales(layout
 
 
 def test_what_was_distilled_comes_first_and_as_one_gguf_lora(layout, export, tmp_path):
-    facts, said = export(layout.output, "--format", "gguf-lora")
-    assert facts["what"] == "distilled"
+    assert export(layout.output, "--format", "adapter")[0]["what"] == "distilled"
+    shutil.rmtree(tmp_path / "out")
+    facts, said = export(layout.output, "--format", "gguf-lora", "--what", "distilled")
     assert facts["lora"] == [{"id": 0, "scale": 1.0}]
     assert "answers otherwise" not in said
+    assert "of the distilled" in said
+
+
+def test_where_a_trade_off_is_chosen_a_soup_comes_first(layout, export, tmp_path):
+    for options in (["--format=gguf-lora"], ["--format=adapter", "--prefer=brief=1"], ["--format=merged", "--weights=brief=1"]):
+        assert export(layout.output, *options)[0]["what"] == "soup"
+        shutil.rmtree(tmp_path / "out")
 
 
 @torch.no_grad()
@@ -291,7 +299,7 @@ MISTAKES = [
     (["--format", "adapter", "--dtype", "bfloat16"], "--dtype is of a merged checkpoint"),
     (["--format", "merged", "--dtype", "int8"], "--dtype: expected float32, bfloat16, float16, got 'int8'"),
     (
-        ["--format", "adapter", "--prefer", "brief=1"],
+        ["--format", "adapter", "--what", "distilled", "--prefer", "brief=1"],
         "is one policy, made for one trade-off; leave --prefer out",
     ),
     (["--format", "adapter", "--prefer", "brief=1", "--weights", "brief=1"], "use one of both"),

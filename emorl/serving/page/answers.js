@@ -42,6 +42,10 @@ export class Side {
     return this.parts.who.value.startsWith("sliders:");
   }
 
+  forgetProblem() {
+    if (!this.parts.error.hidden) [this.parts.error.hidden, this.parts.reproduce.hidden] = [true, true];
+  }
+
   async answer(prompt) {
     this.controller?.abort();
     const controller = (this.controller = new AbortController());

@@ -153,6 +153,7 @@ function askSoon() {
 
 async function ask(asked) {
   const prompt = of("prompt").value;
+  asked.forEach((side) => side.forgetProblem());
   say("wrong", prompt.trim() ? "" : "Write a message first, or take a test prompt.");
   if (!prompt.trim()) return of("prompt").focus();
   const advice = "Settings: the longest answer is a whole number from 1, the temperature a number from 0 to 2.";
