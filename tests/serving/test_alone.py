@@ -7,14 +7,19 @@ import pytest
 import torch
 
 from emorl.aggregation.ensemble import HiddenStateEnsemble
+from emorl.config import UserError
 from emorl.config.serve import ServeConfig
 from emorl.dynamic.agents.observation import FixedWeights
 from emorl.dynamic.engines.engine import Decoding
 from emorl.dynamic.engines.stacked import StackedEngine
+from emorl.dynamic.engines.union import UnionEngine
 from emorl.dynamic.ensemble import DynamicEnsemble
 from emorl.policies.adapters import read_adapter
 from emorl.serving.engine import Engine
 from emorl.serving.jobs import Asked, Failed, Written
+from emorl.serving.models import Model, Models
+from emorl.serving.preparing import Defaults, Preparing
+from emorl.serving.requests import ChatRequest
 from emorl.serving.voices import DynamicVoice, Sampling, Voice
 from emorl.serving.writing import Piece
 
@@ -131,3 +136,29 @@ def test_who_waits_for_a_dynamic_ensemble_no_more_stops_it_and_others_go_on_mean
     job.is_gone = True
     assert isinstance(events.get(timeout=WAIT), Failed)
     assert told(ask(Asked(DynamicVoice(dynamic), turns, (), STEPS, Sampling()))[1])
+
+
+def test_models_with_tokenizers_of_their_own_answer_a_chat_as_they_do_by_themselves(ask, make_causal_model, tokenizer):
+    plain = deepcopy(tokenizer)
+    plain.chat_template = None
+    models = [make_causal_model(seed=1), make_causal_model(seed=2, max_position_embeddings=64)]
+    engine = UnionEngine(models, [tokenizer, plain], names=["chat", "plain"])
+    ensemble = DynamicEnsemble(engine, FixedWeights(torch.tensor([0.6, 0.4])), Decoding(8), span=3)
+    voice = DynamicVoice(ensemble)
+    assert voice.longest == 64
+    preparing = Preparing(
+        Models([], [Model("emorl/dynamic", "dynamic", voice)]), voice.tokenizer, Defaults({"do_sample": False})
+    )
+    turns = [{"role": "user", "content": "how are you"}]
+    _, [asked] = preparing.prepare(ChatRequest(messages=turns, max_tokens=STEPS))
+    [event] = told(ask(asked)[1])
+    [answer] = ensemble.generate([turns], seeds=[0], max_new_tokens=STEPS)
+    assert event.piece == Piece(answer.text)
+    assert len(asked.ids) == len(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+    for fields, message in (
+        ({"max_tokens": 100}, "64"),
+        ({"top_k": 5}, "top_k"),
+        ({"chat_template_kwargs": {"a": 1}}, "leave them out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preparing.prepare(ChatRequest(messages=turns, **fields))
