@@ -57,7 +57,7 @@ def choose(front: Sequence[Mapping[str, Any]], preferences: Mapping[str, float])
     Scores are scaled to [0, 1] over the front first, so that a preference means the same whatever an objective's range.
 
     Args:
-        front: points with `scores` (objective -> score) and `weights`, as in a search's `result.json`.
+        front: points with `scores` (objective -> score), `weights` and `value`, as in a search's `result.json`.
         preferences: objective -> importance; what is not named counts 0.
     """
     objectives = list(front[0]["scores"])

@@ -102,8 +102,8 @@ def trade_offs(experiment: Experiment) -> list[TradeOff]:
     if config.prefer:
         from emorl.objectives.preference import choose
 
-        points = [{"weights": dict(point.weights), "scores": dict(point.scores)} for point in search.front]
-        return [TradeOff("preferred", choose(points, config.prefer)["weights"])]
+        preferred = choose([vars(point) for point in search.front], config.prefer)
+        return [TradeOff("preferred", dict(preferred["weights"]))]
     return [TradeOff("best found", dict(search.best.weights))]
 
 
